@@ -1,0 +1,36 @@
+"""The errors a user can act on.
+
+Every class below is *the user's* mistake or the user's world (a typing error in a recipe, a broken row, a full disk, a
+malformed message): the command line prints its message as one line and exits with code 2. Anything else that is raised
+is our mistake and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class FolkLoraError(Exception):
+    """Base of all errors that name what is wrong, where, and what is allowed."""
+
+
+class RecipeError(FolkLoraError):
+    """A recipe has an unknown key, a wrong type, or an impossible combination."""
+
+
+class DataError(FolkLoraError):
+    """A data source cannot be read, a row is broken, or a split is impossible."""
+
+
+class BackboneError(FolkLoraError):
+    """A backbone cannot be found, does not verify, or cannot do what the recipe asks."""
+
+
+class MethodError(FolkLoraError):
+    """A federated method is unknown or cannot run under this recipe."""
+
+
+class MessageError(FolkLoraError):
+    """A message that came over the wire is malformed, oversized or not what was agreed."""
+
+
+class RunError(FolkLoraError):
+    """A run directory cannot be written, is corrupted, or does not hold what is asked of it."""

@@ -1,0 +1,285 @@
+"""The experiment as data: one TOML file describes a run completely.
+
+``Recipe.read`` parses, overrides and validates; whatever is wrong becomes one `RecipeError` line that names the key, the
+value and what is allowed, before any data or model is touched. ``Recipe.to_toml`` writes the resolved recipe, defaults
+included, into the run directory; reading that file gives the same recipe back.
+
+The options of a method live beside its name under ``[method]`` and are checked by the method itself
+(`folklora.methods.check_options`), because a recipe cannot know every method.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from folklora.errors import RecipeError
+
+
+class Section(BaseModel):
+    """A table of the recipe: strict types, no unknown keys, immutable once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(Section):
+    """The frozen backbone and what it is asked to do."""
+
+    name: str = Field("minilm", min_length=1, description="embedded name, folder, or hub id of a Hugging Face model")
+    task: Literal["classification"] = "classification"
+    pooling: Literal["auto", "mean", "cls", "last"] = Field("auto", description="token states -> one feature")
+    max_length: int = Field(128, ge=2, le=8192, description="tokens; longer texts are cut")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="training compute; evaluation is float32")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class DataSection(Section):
+    """Where the examples come from and how clients share them."""
+
+    source: str = Field("banking77", min_length=1, description="embedded name, file, or dataset folder")
+    test: str | None = Field(None, description="a file with the common test set; default: the source's own, if any")
+    text: str = Field("text", min_length=1)
+    label: str = Field("label", min_length=1)
+    limit: int | None = Field(None, ge=2, description="use at most this many examples (stratified, seeded)")
+    clients: int = Field(10, ge=1, le=1_000_000)
+    partition: Literal["iid", "dirichlet", "pathological", "natural", "shards"] = "dirichlet"
+    alpha: float = Field(0.5, gt=0, description="dirichlet: concentration; small = skewed")
+    by: str | None = Field(None, description="natural: the column whose values are the clients")
+    classes_per_client: int = Field(2, ge=1, description="pathological")
+    shards_per_client: int = Field(2, ge=1, description="shards")
+    min_examples: int = Field(10, ge=3, description="every client has at least this many examples")
+    validation: float = Field(0.1, gt=0, lt=1, description="fraction of each client's examples")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="fraction of each client's examples")
+
+    @model_validator(mode="after")
+    def _splits_leave_training_data(self) -> DataSection:
+        if self.validation + self.test_fraction >= 1:
+            raise ValueError(
+                f"validation + test_fraction = {self.validation + self.test_fraction:g} leaves nothing to train on; "
+                "allowed: a sum below 1"
+            )
+        if self.partition == "natural" and not self.by:
+            raise ValueError('partition = "natural" needs `by = "column"`, the column whose values are the clients')
+        return self
+
+
+class AdapterSection(Section):
+    """The low-rank adapter of each client."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)] | list[Annotated[int, Field(ge=1, le=4096)]] = Field(
+        8, description="one rank for all, or a list, one a client"
+    )
+    alpha: float = Field(16.0, gt=0, description="scaling s = alpha / rank")
+    targets: str = Field("default", min_length=1, description='"default", or a regex over module names')
+    dropout: float = Field(0.0, ge=0, lt=1)
+    norm: bool = Field(False, description="also train the LayerNorms")
+
+
+class MethodSection(BaseModel):
+    """The federated method; its own options stand beside the name."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    name: str = Field("celora", min_length=1)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TrainSection(Section):
+    """Local training at the clients and the rounds around it."""
+
+    rounds: int = Field(10, ge=0, le=100_000)
+    local_epochs: int = Field(1, ge=1)
+    batch_size: int = Field(16, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer_state: Literal["fresh", "kept"] = Field("fresh", description="moments across rounds")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd")
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float | None = Field(1.0, gt=0, description="gradient norm of one client")
+    warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the client's steps in the whole run")
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    participation: float = Field(1.0, gt=0, le=1, description="fraction of clients sampled each round")
+    failures: float = Field(0.0, ge=0, lt=1, description="simulated: fraction of the sampled clients that drop out")
+    evaluate_every: int = Field(1, ge=1, description="rounds between validations")
+    patience: int | None = Field(None, ge=1, description="early stopping: validations without improvement")
+    cohort: int | Literal["auto"] = Field("auto", description="clients trained side by side")
+    tokens: int = Field(2048, ge=1, description='tokens a step aims at when cohort = "auto"')
+    packed: Literal["auto", "always", "never"] = Field("auto", description="pack texts into rows without padding")
+
+    @model_validator(mode="after")
+    def _cohort_is_positive(self) -> TrainSection:
+        if self.cohort != "auto" and self.cohort < 1:
+            raise ValueError(f'cohort = {self.cohort}; allowed: "auto" or a number >= 1')
+        return self
+
+
+class MessageSection(Section):
+    """What travels."""
+
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+
+
+class EngineSection(Section):
+    """Where the round runs."""
+
+    kind: Literal["local"] = "local"
+
+
+class TrackSection(Section):
+    """Optional experiment trackers beside the run directory."""
+
+    tensorboard: bool = False
+    mlflow: str | None = Field(None, description="tracking URI")
+
+
+class Recipe(Section):
+    """A complete description of one run."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    adapter: AdapterSection = AdapterSection()
+    method: MethodSection = MethodSection()
+    train: TrainSection = TrainSection()
+    message: MessageSection = MessageSection()
+    engine: EngineSection = EngineSection()
+    track: TrackSection = TrackSection()
+
+    @model_validator(mode="after")
+    def _one_rank_a_client(self) -> Recipe:
+        rank = self.adapter.rank
+        if isinstance(rank, list) and self.data.partition != "natural" and len(rank) != self.data.clients:
+            raise ValueError(
+                f"adapter.rank lists {len(rank)} ranks for data.clients = {self.data.clients}; "
+                "allowed: one number, or one rank a client"
+            )
+        return self
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+        """Read a recipe file and apply ``key=value`` overrides.
+
+        Relative paths in ``data.source``, ``data.test`` and ``model.name`` that exist beside the recipe are resolved
+        against the recipe's folder, so that a run directory can be resumed from anywhere.
+
+        Raises
+        ------
+        RecipeError
+            One line naming the file, the key, the value and what is allowed.
+        """
+        path = Path(path)
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"{path}: no such recipe file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot be read as text: {error}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{path}: not valid TOML: {error}") from None
+        return cls.parse(document, overrides, where=str(path), folder=path.parent)
+
+    @classmethod
+    def parse(
+        cls,
+        document: dict[str, Any],
+        overrides: typing.Sequence[str] = (),
+        *,
+        where: str = "recipe",
+        folder: Path | None = None,
+    ) -> Recipe:
+        """Validate a document of nested tables; see `read`."""
+        for override in overrides:
+            _override(document, override)
+        if folder is not None:
+            _resolve_paths(document, folder)
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_one_line(error)}") from None
+
+    def to_toml(self) -> str:
+        """The whole recipe as TOML, defaults included; keys without a value are left out."""
+        lines: list[str] = [f"seed = {self.seed}"]
+        for name, section in self:
+            if isinstance(section, BaseModel):
+                lines.append(f"\n[{name}]")
+                lines += [f"{key} = {_toml(value)}" for key, value in section.model_dump().items() if value is not None]
+        return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    # TOML's scalars and flat lists are spelt as JSON spells them, except that 1e-03 and inf never occur here.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override!r}: allowed: key=value, such as train.lr=1e-3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: --set method.name=fedit
+    *tables, last = key.strip().split(".")
+    table = document
+    for part in tables:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override!r}: {part} is a value, not a table")
+        table = inner
+    table[last] = value
+
+
+def _resolve_paths(document: dict[str, Any], folder: Path) -> None:
+    for table, key in (("data", "source"), ("data", "test"), ("model", "name")):
+        section = document.get(table)
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(value, str) and not Path(value).is_absolute() and (folder / value).exists():
+            section[key] = str((folder / value).resolve())
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem of a pydantic error, as one sentence for a person."""
+    first = error.errors()[0]
+    where = [part for part in first["loc"] if not _is_union_branch(part)]
+    key = ".".join(str(part) for part in where)
+    section, name = _section(where)
+    if first["type"] == "extra_forbidden":
+        known = sorted(section.model_fields) if section else []
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else ""
+        return f"unknown key `{key}`{hint} (allowed here: {', '.join(known)})"
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
+        return f"{key}: {message}" if key else message
+    allowed = first["msg"][0].lower() + first["msg"][1:]
+    field = section.model_fields.get(name) if section else None
+    if field is not None and isinstance(field.annotation, types.UnionType | typing._UnionGenericAlias):  # type: ignore[attr-defined]
+        allowed = "; or ".join(dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors()))
+    return f"{key} = {first['input']!r}: {allowed}"
+
+
+def _is_union_branch(part: int | str) -> bool:
+    return isinstance(part, str) and ("[" in part or part in {"int", "constrained-int", "float", "str"})
+
+
+def _section(where: typing.Sequence[int | str]) -> tuple[type[BaseModel] | None, str]:
+    """The recipe table that a location lies in, and the key's own name."""
+    if not where:
+        return None, ""
+    if len(where) == 1:
+        return Recipe, str(where[0])
+    field = Recipe.model_fields.get(str(where[0]))
+    section = field.annotation if field else None
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return section, str(where[1])
+    return None, str(where[1])

@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -204,7 +203,7 @@ class Recipe(Section):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            raise RecipeError(f"{where}: {_one_line(error)}") from None
+            raise RecipeError(f"{where}: {describe_validation_error(error, cls)}") from None
 
     def to_toml(self) -> str:
         """The whole recipe as TOML, defaults included; keys without a value are left out."""
@@ -247,39 +246,34 @@ def _resolve_paths(document: dict[str, Any], folder: Path) -> None:
             section[key] = str((folder / value).resolve())
 
 
-def _one_line(error: ValidationError) -> str:
-    """The first problem of a pydantic error, as one sentence for a person."""
+def describe_validation_error(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
+    """The first problem of a pydantic error as one sentence: key, value, what is allowed."""
     first = error.errors()[0]
-    where = [part for part in first["loc"] if not _is_union_branch(part)]
-    key = ".".join(str(part) for part in where)
-    section, name = _section(where)
+    where = [str(part) for part in first["loc"] if not _is_union_branch(part)]
+    key = ".".join([prefix, *where] if prefix else where)
+    section, name = _owner(root, where)
     if first["type"] == "extra_forbidden":
-        known = sorted(section.model_fields) if section else []
+        known = sorted(field.alias or key for key, field in section.model_fields.items()) if section else []
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean `{close[0]}`?" if close else ""
         return f"unknown key `{key}`{hint} (allowed here: {', '.join(known)})"
     if first["type"] == "value_error":
-        message = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
-        return f"{key}: {message}" if key else message
-    allowed = first["msg"][0].lower() + first["msg"][1:]
-    field = section.model_fields.get(name) if section else None
-    if field is not None and isinstance(field.annotation, types.UnionType | typing._UnionGenericAlias):  # type: ignore[attr-defined]
-        allowed = "; or ".join(dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in error.errors()))
+        message = str(first["ctx"]["error"])
+        return f"{key}: {message}" if where else message
+    # A union reports every branch it tried: all of them together are what is allowed.
+    same = [e for e in error.errors() if [str(p) for p in e["loc"] if not _is_union_branch(p)][:2] == where[:2]]
+    allowed = "; or ".join(dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in same))
     return f"{key} = {first['input']!r}: {allowed}"
 
 
 def _is_union_branch(part: int | str) -> bool:
-    return isinstance(part, str) and ("[" in part or part in {"int", "constrained-int", "float", "str"})
+    return isinstance(part, int) or "[" in part or part in {"int", "constrained-int", "float", "str", "none"}
 
 
-def _section(where: typing.Sequence[int | str]) -> tuple[type[BaseModel] | None, str]:
-    """The recipe table that a location lies in, and the key's own name."""
-    if not where:
-        return None, ""
-    if len(where) == 1:
-        return Recipe, str(where[0])
-    field = Recipe.model_fields.get(str(where[0]))
+def _owner(root: type[BaseModel], where: typing.Sequence[str]) -> tuple[type[BaseModel] | None, str]:
+    """The table a location lies in, and the key's own name."""
+    if len(where) <= 1:
+        return root, where[0] if where else ""
+    field = root.model_fields.get(where[0])
     section = field.annotation if field else None
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        return section, str(where[1])
-    return None, str(where[1])
+    return (section if isinstance(section, type) and issubclass(section, BaseModel) else None), where[1]

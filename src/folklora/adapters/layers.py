@@ -1,0 +1,108 @@
+"""Backbone layers that add the adapters of many clients at once.
+
+Each layer wraps the frozen one and looks into a `Bank`, which says what is plugged in for the current batch: the stacked
+factors of K clients and which rows belong to whom. An empty bank leaves the backbone exactly as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from folklora.adapters.grouped import Offsets, grouped_linear, grouped_matmul
+
+
+@dataclass
+class SiteStack:
+    """The factors of K clients at one site, zero-padded to a common rank r.
+
+    Zero padding is exact: a padded row of A meets a padded column of B, both receive zero gradients and stay zero.
+    B is kept as [K, r, d_out] (the transpose of the paper's) because its gradient is several times faster that way.
+    """
+
+    a: Tensor  # [K, r, d_in]
+    b: Tensor  # [K, r, d_out]
+    c: Tensor | None  # [K, r, r]
+    scale: Tensor  # [K], s = alpha / rank of each client
+
+    def delta(self, x: Tensor, offsets: Offsets, mask: Tensor | None) -> Tensor:
+        """``s B C A x`` for rows ``x [T, d_in]`` grouped by client -> [T, d_out]."""
+        # C is folded into A before the big product: tri-LoRA then costs what LoRA costs.
+        down = self.a if self.c is None else torch.bmm(self.c, self.a)
+        up = self.b * self.scale[:, None, None]
+        if mask is not None:
+            x = x * mask
+        return grouped_matmul(grouped_linear(x, down.to(x.dtype), offsets), up.to(x.dtype), offsets)
+
+
+@dataclass
+class Bank:
+    """What is plugged into a backbone for the current batch.
+
+    Attributes
+    ----------
+    sites
+        Site name -> stacked factors; absent sites run frozen.
+    norms
+        LayerNorm name -> (weight [K, d], bias [K, d]).
+    offsets
+        Token rows of each client: client k owns rows ``offsets[k]:offsets[k + 1]`` of the flattened batch.
+    row_clients
+        [rows], the client (stack index) of each batch row.
+    dropout
+        Called with a site's name and width, gives the scaled keep-mask [T, d_in] or None.
+    """
+
+    sites: dict[str, SiteStack]
+    norms: dict[str, tuple[Tensor, Tensor]]
+    offsets: Offsets
+    row_clients: Tensor
+    dropout: Callable[[str, int], Tensor | None] | None = None
+
+
+class Socket:
+    """The one place where a bank is plugged in; shared by all wrapped layers of a backbone."""
+
+    def __init__(self) -> None:
+        self.bank: Bank | None = None
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer (``nn.Linear``, or GPT-2's ``Conv1D``) plus the plugged-in adapters."""
+
+    def __init__(self, base: nn.Module, name: str, socket: Socket) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.socket = socket
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        bank = self.socket.bank
+        if bank is None or self.name not in bank.sites:
+            return y
+        flat = x.reshape(-1, x.shape[-1])
+        mask = bank.dropout(self.name, x.shape[-1]) if bank.dropout else None
+        return y + bank.sites[self.name].delta(flat, bank.offsets, mask).view(y.shape)
+
+
+class AdaptedNorm(nn.Module):
+    """A LayerNorm whose gain and shift may be each client's own."""
+
+    def __init__(self, base: nn.LayerNorm, name: str, socket: Socket) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.socket = socket
+
+    def forward(self, x: Tensor) -> Tensor:
+        bank = self.socket.bank
+        if bank is None or self.name not in bank.norms:
+            y: Tensor = self.base(x)
+            return y
+        weight, bias = (own[bank.row_clients].unsqueeze(1).to(x.dtype) for own in bank.norms[self.name])
+        return F.layer_norm(x, self.base.normalized_shape, None, None, self.base.eps) * weight + bias

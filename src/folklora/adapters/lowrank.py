@@ -1,0 +1,97 @@
+"""What a low-rank adapter is: sites, factors, shapes, scaling and starting values.
+
+One adapted linear layer computes ``y = W0 x + s B A x`` (LoRA, arXiv 2106.09685) or ``y = W0 x + s B C A x``
+(tri-LoRA, CE-LoRA, arXiv 2503.23869) with A [r, d_in], C [r, r], B [d_out, r] and s = alpha / r. The tensors of all
+sites of one client live in one flat dictionary under ``A/<site>``, ``C/<site>``, ``B/<site>``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from folklora.randomness import torch_generator
+
+Tensors = dict[str, Tensor]
+"""What a client owns, or a message carries: ``kind/rest`` -> tensor."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def kind(name: str) -> str:
+    """The kind of a tensor name: ``A/encoder.layer.0...`` -> ``A``."""
+    return name.partition("/")[0]
+
+
+def select(tensors: Tensors, kinds: frozenset[str]) -> Tensors:
+    """The tensors of the given kinds, in the order they stand."""
+    return {name: tensor for name, tensor in tensors.items() if kind(name) in kinds}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear layer of the backbone that carries an adapter."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The adapter of every client: where it sits, whether it has a core, how it is scaled.
+
+    Ranks are not part of it: each client may have its own.
+    """
+
+    sites: tuple[Site, ...]
+    core: bool
+    alpha: float
+    dropout: float = 0.0
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        return ("A", "C", "B") if self.core else ("A", "B")
+
+    def scale(self, rank: int) -> float:
+        return self.alpha / rank
+
+    def shapes(self, rank: int) -> Shapes:
+        """Names and shapes of one client's factors, in the order data flows through them."""
+        shape = {
+            "A": lambda site: (rank, site.d_in),
+            "C": lambda site: (rank, rank),
+            "B": lambda site: (site.d_out, rank),
+        }
+        return {f"{factor}/{site.name}": shape[factor](site) for site in self.sites for factor in self.factors}
+
+    def max_rank(self) -> int:
+        """The largest rank that is still low: no factor may be taller than the layer it adapts."""
+        return min(min(site.d_in, site.d_out) for site in self.sites)
+
+
+def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """LoRA's A as stock PEFT draws it: uniform in +-1/sqrt(d_in) (kaiming with a = sqrt 5)."""
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def gaussian(shape: tuple[int, ...], generator: torch.Generator, std: float) -> Tensor:
+    """N(0, std^2)."""
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def orthonormal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Orthonormal along the short side: rows of an A [r, d_in], columns of a B [d_out, r]; uniform (Haar) on those."""
+    rows, columns = shape
+    q, r = torch.linalg.qr(torch.empty(max(shape), min(shape), dtype=torch.float64).normal_(generator=generator))
+    q = q * torch.sign(torch.diagonal(r))  # without this, QR's sign convention would bias the draw
+    return (q if rows >= columns else q.T).to(torch.float32).contiguous()
+
+
+def factor_generator(seed: int, name: str, client: str = "") -> torch.Generator:
+    """The generator of one factor's starting value; without a client it is common to all (and costs no byte)."""
+    return torch_generator(seed, f"init/{name}", client)

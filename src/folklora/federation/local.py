@@ -1,0 +1,80 @@
+"""The local engine: all clients in this process, trained side by side through one backbone. No server, no network.
+
+Messages are encoded and decoded all the same, so what a client gets is what would have travelled, and bytes are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from folklora.adapters.lowrank import Tensors
+from folklora.federation.member import Member, SplitName
+from folklora.federation.rounds import Upload
+from folklora.federation.scores import Score
+from folklora.federation.setup import Setup
+from folklora.methods.aggregation import aggregation_error
+from folklora.training.cohort import CohortTrainer
+from folklora.training.prediction import Question, predict
+
+
+class LocalEngine:
+    """Carries the round's messages by calling the members; see `folklora.federation.rounds.Engine`."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.members = {client: Member(setup, client) for client in setup.data.splits}
+        self.trainer = CohortTrainer(setup.task, setup.method.adapter, setup.recipe.train, setup.recipe.seed)
+
+    def sketches(self) -> Iterator[tuple[str, bytes | None]]:
+        for client, member in self.members.items():
+            yield client, member.sketch()
+
+    def settle(self, client: str, data: bytes) -> None:
+        self.members[client].settle(data)
+
+    def receive(self, client: str, data: bytes) -> None:
+        self.members[client].receive(data)
+
+    def train(self, round: int, clients: Sequence[str]) -> Iterator[Upload]:
+        jobs = [self.members[client].job(round) for client in clients]
+        if jobs and not jobs[0].trained:
+            return
+        for fitted in self.trainer.fit(jobs):
+            yield Upload(fitted.client, self.members[fitted.client].finish(round, fitted), fitted.loss)
+
+    def scores(
+        self, split: SplitName, clients: Sequence[str], replies: Mapping[str, bytes | None]
+    ) -> dict[str, Score]:
+        questions, labels = [], {}
+        for client in clients:
+            member = self.members[client]
+            questions.append(member.question(split, member.preview(replies.get(client))))
+            labels[client] = member.labels(split)
+        answers = predict(self.setup.task, self.setup.method.adapter, questions)
+        return {client: Score.of(answers[client], labels[client]) for client in clients}
+
+    def global_score(self, tensors: Tensors) -> Score | None:
+        """The common model on the common test set; None if the data has none."""
+        if self.setup.data.test is None:
+            return None
+        rank = max(self.setup.ranks.values())
+        question = Question("global", rank, tensors, self.setup.test_encoded)
+        answer = predict(self.setup.task, self.setup.method.adapter, [question])["global"]
+        labels: np.ndarray = self.setup.data.test.labels
+        return Score.of(answer, labels)
+
+    def aggregation_error(self, clients: Sequence[str], replies: Mapping[str, bytes | None], mixing: Tensor) -> float:
+        """See `folklora.methods.aggregation.aggregation_error`; possible here because one process sees all factors."""
+        trained = [self.members[client].client.tensors for client in clients]
+        received = [self.members[client].preview(replies.get(client)) for client in clients]
+        return aggregation_error(self.setup.method.adapter, trained, received, mixing)
+
+    def records(self, clients: Sequence[str]) -> dict[str, Tensors]:
+        return {client: self.members[client].record() for client in clients}
+
+    def restore(self, records: Mapping[str, Tensors]) -> None:
+        for client, record in records.items():
+            self.members[client].restore(record)

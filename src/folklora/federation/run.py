@@ -1,0 +1,191 @@
+"""What a user asks for: run a recipe, resume a run, compare methods, open a finished run.
+
+Each is a plain function; the command line only parses arguments and draws progress.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from folklora.adapters.lowrank import Tensors
+from folklora.data.partition import to_json
+from folklora.errors import RecipeError, RunError
+from folklora.federation.codec import encode
+from folklora.federation.local import LocalEngine
+from folklora.federation.rounds import Progress, Rounds, Silent
+from folklora.federation.rundir import RunDirectory
+from folklora.federation.setup import Setup, prepare, validate
+from folklora.federation.trackers import track
+from folklora.recipe import Recipe
+
+Summary = dict[str, Any]
+
+
+def run(recipe: Recipe, out: str | Path, progress: Progress | None = None) -> Summary:
+    """Run a recipe into a new run directory and return its summary.
+
+    Raises
+    ------
+    FolkLoraError
+        Before work starts, for anything in the recipe, the data or the directory that cannot be.
+    """
+    validate(recipe)
+    setup = prepare(recipe)
+    directory = RunDirectory.create(out, recipe, to_json(setup.data.table, setup.data.splits))
+    return _play(directory, setup, progress or Silent())
+
+
+def resume(path: str | Path, progress: Progress | None = None, *, previous: bool = False) -> Summary:
+    """Go on where a run stands; a finished run gives its summary back.
+
+    Parameters
+    ----------
+    previous
+        Step back to the checkpoint before the last one first (after a file was corrupted).
+    """
+    directory = RunDirectory.open(path)
+    if previous:
+        directory.step_back()
+    if directory.finished:
+        return read_summary(directory)
+    return _play(directory, _prepared(directory), progress or Silent())
+
+
+def _prepared(directory: RunDirectory) -> Setup:
+    """The setup of an existing run; the data must still be what it was."""
+    setup = prepare(directory.recipe)
+    if to_json(setup.data.table, setup.data.splits) != (directory.path / "partition.json").read_text(encoding="utf-8"):
+        raise RunError(f"{directory.path}: the data is not what this run started with (partition.json differs)")
+    return setup
+
+
+def _play(directory: RunDirectory, setup: Setup, progress: Progress) -> Summary:
+    with directory.locked(), track(setup.recipe, directory.path, progress) as told:
+        rounds = Rounds(setup.recipe, directory, LocalEngine(setup), setup.method, list(setup.data.splits), told)
+        summary = rounds.play()
+        for client, split in setup.data.splits.items():
+            summary["clients"][client]["examples"] = {
+                part: len(getattr(split, part)) for part in ("train", "validation", "test")
+            }
+        insight = setup.method.insight(rounds.state)
+        if insight:
+            directory.write("insight.safetensors", safetensors.torch.save(insight))
+        directory.write("summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+    return summary
+
+
+def read_summary(directory: RunDirectory) -> Summary:
+    try:
+        summary: Summary = json.loads((directory.path / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{directory.path / 'summary.json'} cannot be read: {error}") from None
+    return summary
+
+
+# -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def variant(recipe: Recipe, text: str, seed: int) -> Recipe:
+    """The recipe for one entry of ``--methods`` and one seed.
+
+    An entry is a method's name, with settings of its own behind colons: ``celora:basis=frozen:train.lr=5e-3``. Keys with
+    a dot are recipe keys, the others the method's options. The recipe's own ``[method]`` options go to the method it names.
+    """
+    name, *settings = text.split(":")
+    document = recipe.model_dump(exclude_none=True, exclude={"method"})
+    own = recipe.method.options if name == recipe.method.name else {}
+    document["method"] = {"name": name, **own}
+    document["seed"] = seed
+    return Recipe.parse(document, [s if "." in s.partition("=")[0] else f"method.{s}" for s in settings], where=text)
+
+
+def compare(
+    recipe: Recipe, methods: Sequence[str], seeds: int, out: str | Path, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run every method with every seed; runs that are already there are resumed or reused.
+
+    Parameters
+    ----------
+    methods
+        Entries as `variant` takes them.
+    seeds
+        How many seeds, counted from the recipe's.
+
+    Returns
+    -------
+    dict
+        ``rows`` (one a run) and ``runs`` (their folders under ``out``); also written to ``compare.json``.
+    """
+    if not methods:
+        raise RecipeError("--methods is empty; allowed: names of methods with commas between them")
+    if doubled := [m for m in dict.fromkeys(methods) if methods.count(m) > 1]:
+        raise RecipeError(f"--methods names {doubled[0]!r} twice")
+    plan = [(text, variant(recipe, text, recipe.seed + s)) for s in range(seeds) for text in methods]
+    for _, each in plan:
+        validate(each)
+    out = Path(out)
+    rows, runs = [], []
+    for text, each in plan:
+        name = f"{text.replace(':', '__').replace('/', '_')}-s{each.seed}"
+        summary = _run_or_resume(each, out / name, progress)
+        rows.append({**summary["row"], "variant": text})
+        runs.append(name)
+        document = {"rows": rows, "runs": runs}
+        RunDirectory(out).write("compare.json", json.dumps(document, indent=1, allow_nan=False).encode())
+    return document
+
+
+def _run_or_resume(recipe: Recipe, path: Path, progress: Progress | None) -> Summary:
+    if not (path / "recipe.toml").exists():
+        return run(recipe, path, progress)
+    if RunDirectory.open(path).recipe != recipe:
+        raise RunError(f"{path} holds a run of another recipe; use another --out, or remove it")
+    return resume(path, progress)
+
+
+# -- opening a run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClientModel:
+    """One client's model out of a run: its tensors at its own rank, and the setup they belong to."""
+
+    setup: Setup
+    client: str
+    rank: int
+    tensors: Tensors
+
+
+def client_model(path: str | Path, client: str, *, tuned: bool = False) -> ClientModel:
+    """The model a client ended with: after the server's last reply, or (``tuned``) after its own last training.
+
+    Raises
+    ------
+    RunError
+        If the run has no such client or nothing committed yet.
+    """
+    directory = RunDirectory.open(path)
+    setup = _prepared(directory)
+    if client not in setup.data.splits:
+        known = ", ".join(list(setup.data.splits)[:12])
+        raise RunError(f"{path}: no client {client!r}; allowed: {known}")
+    patience = setup.recipe.train.patience
+    checkpoint = (directory.checkpoint(best=True) if patience is not None else None) or directory.checkpoint()
+    if checkpoint is None:
+        raise RunError(f"{path}: nothing is committed yet")
+    engine = LocalEngine(setup)
+    member = engine.members[client]
+    member.restore(directory.tensors(checkpoint, checkpoint.clients[client]))
+    if not tuned and checkpoint.round:
+        message = setup.method.reply(directory.tensors(checkpoint, checkpoint.server), client)
+        if message is not None:
+            member.receive(encode(message, setup.recipe.message.dtype))
+    return ClientModel(setup, client, member.client.rank, member.client.tensors)
+
+

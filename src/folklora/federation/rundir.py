@@ -1,0 +1,259 @@
+"""The run directory: the only state of a run, written so that a kill at any moment loses at most the round in flight.
+
+A round is committed by renaming one small file, ``checkpoint.json``, which names every file that belongs to it with its
+SHA-256. Files are never overwritten: a client that trained in round t gets ``clients/<id>/<t>.safetensors``; what no kept
+checkpoint names is swept away afterwards. The checkpoint before is kept too, so a file that rots on disk costs one round.
+The layout is described in ``docs/architecture.md``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from folklora.adapters.lowrank import Tensors
+from folklora.errors import RunError
+from folklora.recipe import Recipe
+
+CURRENT, PREVIOUS, BEST = "checkpoint.json", "checkpoint-previous.json", "checkpoint-best.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a committed round consists of; file names are relative to the run directory."""
+
+    round: int
+    clients: dict[str, str]
+    server: str
+    digests: dict[str, str]
+    metrics_bytes: int
+    delivered: dict[str, int] = field(default_factory=dict)
+    best_round: int | None = None
+    stale: int = 0
+
+
+class RunDirectory:
+    """One run on disk. Everything that fails here is a `RunError` that names the file; what was committed stays."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    # -- creating and opening ------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str | Path, recipe: Recipe, partition: str) -> RunDirectory:
+        """A new run; refuses a directory that already holds one.
+
+        Raises
+        ------
+        RunError
+            If the directory holds a run or cannot be written.
+        """
+        run = cls(Path(path))
+        if (run.path / "recipe.toml").exists():
+            raise RunError(f"{path} already holds a run; use `folklora resume {path}`, or another --out")
+        with _reported(run.path):
+            (run.path / "clients").mkdir(parents=True, exist_ok=True)
+            (run.path / "server").mkdir(exist_ok=True)
+            run.write("partition.json", partition.encode())
+            run.write("recipe.toml", recipe.to_toml().encode())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """An existing run.
+
+        Raises
+        ------
+        RunError
+            If there is none.
+        """
+        if not (Path(path) / "recipe.toml").is_file():
+            raise RunError(f"{path}: not a run directory (no recipe.toml in it)")
+        return cls(Path(path))
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe.read(self.path / "recipe.toml")
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for one process; a second one is refused rather than left to write over the first."""
+        with _reported(self.path), (self.path / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.path}: another process is running this run") from None
+            yield
+
+    # -- committing a round --------------------------------------------------------------------------------------
+
+    def commit(
+        self,
+        before: Checkpoint | None,
+        round: int,
+        clients: Mapping[str, Tensors],
+        server: Tensors,
+        line: Mapping[str, Any],
+        *,
+        delivered: Mapping[str, int],
+        best_round: int | None = None,
+        stale: int = 0,
+    ) -> Checkpoint:
+        """Make round ``round`` the state of the run.
+
+        Parameters
+        ----------
+        before
+            The checkpoint this one follows; clients that did not change keep its files.
+        clients
+            The records of the clients that changed.
+        line
+            The round's line in ``metrics.jsonl``.
+        """
+        files = dict(before.clients) if before else {}
+        digests = dict(before.digests) if before else {}
+        with _reported(self.path):
+            for client, tensors in clients.items():
+                files[client] = f"clients/{quote(client, safe='')}/{round}.safetensors"
+                digests[files[client]] = self._write_tensors(files[client], tensors)
+            state = f"server/{round}.safetensors"
+            digests[state] = self._write_tensors(state, server)
+            used = {state, *files.values()}
+            digests = {name: digest for name, digest in digests.items() if name in used}
+            metrics_bytes = self._append(line, before.metrics_bytes if before else 0)
+            after = Checkpoint(round, files, state, digests, metrics_bytes, dict(delivered), best_round, stale)
+            if (self.path / CURRENT).exists():
+                self.write(PREVIOUS, (self.path / CURRENT).read_bytes())
+            encoded = json.dumps(asdict(after)).encode()
+            if best_round == round:
+                self.write(BEST, encoded)
+            self.write(CURRENT, encoded)
+            self._sweep(after)
+        return after
+
+    def _append(self, line: Mapping[str, Any], after: int) -> int:
+        path = self.path / "metrics.jsonl"
+        with path.open("r+b" if path.exists() else "w+b") as file:
+            # A line of a round that was never committed is cut off before the new one is written.
+            file.truncate(after)
+            file.seek(after)
+            file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def _write_tensors(self, name: str, tensors: Tensors) -> str:
+        data = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
+        self.write(name, data)
+        return hashlib.sha256(data).hexdigest()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file whole or not at all."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def _sweep(self, current: Checkpoint) -> None:
+        """Remove files that no kept checkpoint names."""
+        kept = [current] + [c for name in (PREVIOUS, BEST) if (c := self._read_checkpoint(name, quiet=True))]
+        named = {name for checkpoint in kept for name in (checkpoint.server, *checkpoint.clients.values())}
+        for folder in ("clients", "server"):
+            for path in (self.path / folder).rglob("*"):
+                if path.is_file() and path.relative_to(self.path).as_posix() not in named:
+                    path.unlink()
+
+    # -- reading back --------------------------------------------------------------------------------------------
+
+    def checkpoint(self, *, previous: bool = False, best: bool = False) -> Checkpoint | None:
+        """The last committed round (or the one before, or the best so far); None if nothing was committed."""
+        return self._read_checkpoint(PREVIOUS if previous else BEST if best else CURRENT)
+
+    def _read_checkpoint(self, name: str, *, quiet: bool = False) -> Checkpoint | None:
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            return Checkpoint(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, OSError) as error:
+            if quiet:
+                return None
+            raise RunError(f"{path} cannot be read ({error}); {self._advice()}") from None
+
+    def tensors(self, checkpoint: Checkpoint, name: str) -> Tensors:
+        """A file of a checkpoint, verified against its SHA-256.
+
+        Raises
+        ------
+        RunError
+            If it is missing or not what was written; says how to go on from the round before.
+        """
+        path = self.path / name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"{path}: {error.strerror}; {self._advice()}") from None
+        if hashlib.sha256(data).hexdigest() != checkpoint.digests.get(name):
+            raise RunError(f"{path} is corrupted (its SHA-256 is not what was committed); {self._advice()}")
+        loaded: dict[str, Tensor] = safetensors.torch.load(data)
+        return loaded
+
+    def _advice(self) -> str:
+        earlier = self._read_checkpoint(PREVIOUS, quiet=True)
+        if earlier is None:
+            return "no earlier round is kept"
+        return f"round {earlier.round} is kept: `folklora resume {self.path} --previous`"
+
+    def step_back(self) -> Checkpoint:
+        """Make the previous checkpoint the current one."""
+        earlier = self.checkpoint(previous=True)
+        if earlier is None:
+            raise RunError(f"{self.path}: no earlier round is kept")
+        with _reported(self.path):
+            self.write(CURRENT, (self.path / PREVIOUS).read_bytes())
+            (self.path / "summary.json").unlink(missing_ok=True)
+        return earlier
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The committed lines of ``metrics.jsonl``."""
+        current = self.checkpoint()
+        if current is None:
+            return []
+        lines = (self.path / "metrics.jsonl").read_bytes()[: current.metrics_bytes].splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """What the disk refuses becomes one line; what was committed before is untouched."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        where = getattr(error, "filename", None) or path
+        raise RunError(f"{where}: cannot be written: {reason}; the last committed round is untouched") from error

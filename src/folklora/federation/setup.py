@@ -1,0 +1,156 @@
+"""From a recipe to everything a run needs: data, clients, backbone, task, method.
+
+Loading is cached within a process, because `compare` runs many methods over the same data and the same backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from folklora.backbones.backbone import Backbone
+from folklora.backbones.batch import TokenIds
+from folklora.backbones.classification import Classification
+from folklora.data.partition import Split, partition
+from folklora.data.sources import Table, load
+from folklora.errors import RecipeError
+from folklora.methods import Context, Method, build, check_options
+from folklora.recipe import AdapterSection, DataSection, ModelSection, Recipe
+from folklora.training.prediction import features
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """Examples, who holds which, and the common test set if there is one."""
+
+    table: Table
+    splits: Mapping[str, Split]
+    test: Table | None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A recipe made real.
+
+    Attributes
+    ----------
+    encoded, test_encoded
+        Token ids of every example of the table and of the common test set.
+    """
+
+    recipe: Recipe
+    data: FederatedData
+    task: Classification
+    method: Method
+    encoded: list[TokenIds]
+    test_encoded: list[TokenIds]
+
+    @property
+    def ranks(self) -> Mapping[str, int]:
+        return self.method.context.ranks
+
+    def frozen_features(self) -> Tensor:
+        """[n, d] float32: the frozen backbone's features of every example; computed once."""
+        return _features(self.recipe.model, self.recipe.adapter, self.recipe.data, self.recipe.seed)
+
+    def examples(self, indices: np.ndarray) -> tuple[list[TokenIds], np.ndarray]:
+        return [self.encoded[i] for i in indices], self.data.table.labels[indices]
+
+
+def validate(recipe: Recipe) -> None:
+    """Everything that can be refused before data or a model is touched."""
+    check_options(recipe.method.name, recipe.method.options)
+
+
+def prepare(recipe: Recipe) -> Setup:
+    """Load what the recipe names; the cheap refusals come first."""
+    validate(recipe)
+    data = federated_data(recipe.data, recipe.seed)
+    ranks = client_ranks(recipe, list(data.splits))
+    task = _task(recipe.model, recipe.adapter, recipe.data, recipe.seed)
+    method = build(recipe.method.name, recipe.method.options, context(recipe, task, ranks))
+    encoded, test_encoded = _encoded(recipe.model, recipe.adapter, recipe.data, recipe.seed)
+    return Setup(recipe, data, task, method, encoded, test_encoded)
+
+
+def context(recipe: Recipe, task: Classification, ranks: Mapping[str, int]) -> Context:
+    """What a method may know on either side."""
+    backbone = task.backbone
+    norms = {f"norm/{n}.{part}": t for n, pair in backbone.norms.items() for part, t in zip(("weight", "bias"), pair, strict=True)}
+    return Context(
+        seed=recipe.seed,
+        ranks=ranks,
+        sites=backbone.sites,
+        alpha=recipe.adapter.alpha,
+        dropout=recipe.adapter.dropout,
+        classes=task.classes,
+        width=backbone.width,
+        norms=norms,
+        rounds=recipe.train.rounds,
+        learning_rate=recipe.train.lr,
+        batch_size=recipe.train.batch_size,
+    )
+
+
+def client_ranks(recipe: Recipe, clients: list[str]) -> dict[str, int]:
+    """Client id -> rank; one number for all, or the recipe's list in the order of the clients."""
+    rank = recipe.adapter.rank
+    if isinstance(rank, int):
+        return dict.fromkeys(clients, rank)
+    if len(rank) != len(clients):
+        raise RecipeError(
+            f"adapter.rank lists {len(rank)} ranks for {len(clients)} clients; allowed: one number, or one rank a client"
+        )
+    return dict(zip(clients, rank, strict=True))
+
+
+@lru_cache(maxsize=4)
+def federated_data(section: DataSection, seed: int) -> FederatedData:
+    table, test = load(section, seed)
+    return FederatedData(table, partition(table, section, seed), test)
+
+
+@lru_cache(maxsize=2)
+def load_backbone(name: str, targets: str, norm: bool, device: str, dtype: str) -> Backbone:
+    return Backbone.load(name, targets=targets, norm=norm, device=device, dtype=dtype)
+
+
+def _task(model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int) -> Classification:
+    backbone = load_backbone(model.name, adapter.targets, adapter.norm, model.device, model.dtype)
+    classes = len(federated_data(data, seed).table.classes)
+    return Classification(backbone, classes, pooling=model.pooling, max_length=model.max_length)
+
+
+# A rank list is not hashable; what the caches below depend on is the model, the targets and the data.
+def _key(adapter: AdapterSection) -> AdapterSection:
+    return AdapterSection(targets=adapter.targets, norm=adapter.norm)
+
+
+def _encoded(
+    model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int
+) -> tuple[list[TokenIds], list[TokenIds]]:
+    return _encode(model, _key(adapter), data, seed)
+
+
+@lru_cache(maxsize=4)
+def _encode(
+    model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int
+) -> tuple[list[TokenIds], list[TokenIds]]:
+    task = _task(model, adapter, data, seed)
+    found = federated_data(data, seed)
+    return task.encode(found.table.inputs), task.encode(found.test.inputs) if found.test else []
+
+
+def _features(model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int) -> Tensor:
+    return _compute_features(model, _key(adapter), data, seed)
+
+
+@lru_cache(maxsize=4)
+def _compute_features(model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int) -> Tensor:
+    encoded, _ = _encode(model, adapter, data, seed)
+    return torch.from_numpy(features(_task(model, adapter, data, seed), encoded))

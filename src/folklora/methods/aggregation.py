@@ -1,0 +1,68 @@
+"""What every aggregator is built of and measured with: the weighted mean, and the distance from the dense mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from folklora.adapters.lowrank import LowRank, Tensors
+
+
+def weighted_mean(messages: Sequence[Tensors], weights: Tensor) -> Tensors:
+    """``sum_k w_k theta_k`` of every tensor all messages carry, accumulated in float64 and returned in float32."""
+    if not messages:
+        return {}
+    return {
+        name: sum(w * m[name].double() for w, m in zip(weights.tolist(), messages, strict=True)).float()  # type: ignore[union-attr]
+        for name in messages[0]
+    }
+
+
+def aggregation_error(
+    adapter: LowRank, trained: Sequence[Tensors], received: Sequence[Tensors], weights: Tensor
+) -> float:
+    """How far what clients got lies from what the weights meant: mean over layers and clients of
+    ``||DW_i - DW*_i||_F / ||DW*_i||_F`` with ``DW*_i = sum_j w_ij s_j B_j C_j A_j``.
+
+    Nothing of size d_out x d_in is built: with the thin QR factorisations ``[B_1 ... B_K] = Q R`` of all factors side by
+    side, a Frobenius norm of a sum of low-rank products is that of a small matrix. All in float64.
+
+    Parameters
+    ----------
+    trained, received
+        Each client's factors after its training, and after it received the server's reply.
+    weights
+        [K, K] rows: client j's share in what client i was meant to get.
+    """
+    if not trained:
+        return 0.0
+    # Where all clients received the same, one comparison tells all.
+    common = all(_same(received[0], other, adapter) for other in received[1:]) and bool((weights == weights[0]).all())
+    shown = range(1) if common else range(len(received))
+    ratios: list[float] = []
+    for site in adapter.sites:
+        both = [*trained, *received]
+        up = torch.linalg.qr(torch.cat([t[f"B/{site.name}"].double() for t in both], dim=1), mode="r").R
+        down = torch.linalg.qr(torch.cat([t[f"A/{site.name}"].double().T for t in both], dim=1), mode="r").R
+        products: list[Tensor] = []
+        start = 0
+        for tensors in both:
+            rank = tensors[f"A/{site.name}"].shape[0]
+            columns = slice(start, start + rank)
+            core = tensors[f"C/{site.name}"].double() if adapter.core else torch.eye(rank, dtype=torch.float64)
+            products.append(adapter.scale(rank) * up[:, columns] @ core @ down[:, columns].T)
+            start += rank
+        updates = torch.stack(products[: len(trained)])
+        for i in shown:
+            target = torch.einsum("k,kpq->pq", weights[i].double(), updates)
+            size = torch.linalg.norm(target)
+            gap = torch.linalg.norm(products[len(trained) + i] - target)
+            ratios.append(float(gap / size) if size > 0 else float(gap > 0))
+    return sum(ratios) / len(ratios)
+
+
+def _same(one: Tensors, other: Tensors, adapter: LowRank) -> bool:
+    names = [f"{factor}/{site.name}" for site in adapter.sites for factor in adapter.factors]
+    return all(one[n].shape == other[n].shape and torch.equal(one[n], other[n]) for n in names)

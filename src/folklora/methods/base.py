@@ -1,0 +1,286 @@
+"""The contract of a federated method: tensors in, tensors out, the same object in every engine.
+
+A method states which factors an adapter has, how they start, which kinds of tensors train in a round and which travel, and
+how the server turns what arrived into what each client gets back. It knows nothing of files, sockets, engines or models.
+In the order data flows::
+
+    initial(client)                     at the client: what it owns before anything happened; costs no byte
+    sketch(client)           -> message at the client, once: statistics of its data, or nothing
+    begin(sketches)          -> state   at the server, once
+    welcome(state, id)       -> message to each client, once, or nothing
+    settle(client, message)             at the client, once: take the welcome in
+    trained(round)                      which kinds of tensors local training moves
+    send(round, client)      -> message at the client after training; default: the kinds `shared(round)` names
+    server(round, state, messages) -> state     the aggregation
+    reply(state, id)         -> message what the server has for a client now: a pure function of the state
+    receive(client, message)            at the client; default: overwrite its tensors
+
+State is a flat dictionary of tensors, so it checkpoints; a reply is a function of the state, so a run that was killed
+between two messages loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor
+
+from folklora.adapters.lowrank import LowRank, Shapes, Site, Tensors, factor_generator, kaiming, select
+from folklora.data.statistics import ClassStatistics
+from folklora.errors import MethodError
+from folklora.methods.aggregation import weighted_mean
+from folklora.methods.discriminant import linear_discriminant
+from folklora.methods.heads import choose_head
+
+State = dict[str, Tensor]
+"""What the server remembers between rounds."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What travels: named tensors, and a few numbers such as ``examples``."""
+
+    tensors: Tensors = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+class ClientData(Protocol):
+    """A client's own data as a method may see it: features of the frozen backbone, never raw examples."""
+
+    def features(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
+        """([n, d] float32, [n] int64 labels)."""
+        ...
+
+
+@dataclass
+class Client:
+    """What one client owns. ``tensors`` is its model; ``notes`` is whatever else a method keeps at home."""
+
+    id: str
+    rank: int
+    examples: int
+    tensors: Tensors
+    data: ClientData
+    notes: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What both sides agree on before the first message: it follows from the recipe and the backbone alone."""
+
+    seed: int
+    ranks: Mapping[str, int]
+    sites: tuple[Site, ...]
+    alpha: float
+    dropout: float
+    classes: int
+    width: int
+    norms: Tensors
+    rounds: int
+    learning_rate: float
+    batch_size: int
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        return tuple(self.ranks)
+
+
+class Options(BaseModel):
+    """Options every method has; a method's own stand in a subclass.
+
+    ``head``: *private* stays home, *shared* travels and is averaged, *sketched* is private and starts from the linear
+    discriminant that the server builds from all clients' class statistics. ``head_start`` says the start alone, so that a
+    shared head may start sketched too, and *auto* lets each client choose on its validation split.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    head: Literal["private", "shared", "sketched"] = "private"
+    head_start: Literal["zero", "sketched", "auto"] | None = None
+
+    @property
+    def start(self) -> Literal["zero", "sketched", "auto"]:
+        return self.head_start or ("sketched" if self.head == "sketched" else "zero")
+
+    @property
+    def head_travels(self) -> bool:
+        return self.head == "shared"
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> Options:
+        if self.head == "shared" and self.head_start == "auto":
+            raise ValueError('head_start = "auto" needs a head that stays home; allowed: head = "private" or "sketched"')
+        if self.head == "sketched" and self.head_start == "zero":
+            raise ValueError('head = "sketched" with head_start = "zero" is head = "private"')
+        return self
+
+
+class Method:
+    """A federated method; subclasses override what they do differently. See the module's text for the contract."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str | None] = None
+    core: ClassVar[bool] = False
+    mixed_ranks: ClassVar[bool] = False
+    has_global_model: ClassVar[bool] = False
+    trains: ClassVar[frozenset[str]] = frozenset({"A", "B", "C", "head", "norm"})
+    travels: ClassVar[frozenset[str]] = frozenset()
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Options, context: Context) -> None:
+        self.options = options
+        self.context = context
+        self.adapter = LowRank(context.sites, self.core, context.alpha, context.dropout)
+        ranks = set(context.ranks.values())
+        if len(ranks) > 1 and not self.mixed_ranks:
+            raise MethodError(
+                f"method.name = {self.name!r} averages factors of one rank, adapter.rank has {sorted(ranks)}; "
+                "allowed: one rank for all, or a method that mixes ranks"
+            )
+        if max(ranks) > self.adapter.max_rank():
+            raise MethodError(
+                f"adapter.rank = {max(ranks)} exceeds the smallest adapted layer; allowed: 1 to {self.adapter.max_rank()}"
+            )
+
+    # -- at the client, before the first round -------------------------------------------------------------------
+
+    def initial_factors(self, client: str, rank: int) -> Tensors:
+        """LoRA's start: A random and common to all clients (it costs no byte), B = 0 [arXiv 2106.09685]."""
+        return {
+            name: torch.zeros(shape) if name.startswith("B/") else kaiming(shape, self.generator(name))
+            for name, shape in self.adapter.shapes(rank).items()
+        }
+
+    def generator(self, name: str) -> torch.Generator:
+        """The generator of a starting value that all clients share."""
+        return factor_generator(self.context.seed, name)
+
+    def initial(self, client: str) -> Tensors:
+        """Everything a client owns before anything happened: factors, a zero head, the backbone's norms."""
+        c = self.context
+        head = {"head/weight": torch.zeros(c.classes, c.width), "head/bias": torch.zeros(c.classes)}
+        norms = {name: tensor.clone() for name, tensor in c.norms.items()}
+        return {**self.initial_factors(client, c.ranks[client]), **head, **norms}
+
+    def sketch(self, client: Client) -> Message | None:
+        """One-off upload; by default class statistics if the head starts from them."""
+        if self.options.start == "zero":
+            return None
+        return Message(statistics_tensors(self.statistics(client)))
+
+    def statistics(self, client: Client) -> ClassStatistics:
+        features, labels = client.data.features("train")
+        return ClassStatistics.of(features, labels, self.context.classes)
+
+    # -- at the server, before the first round -------------------------------------------------------------------
+
+    def begin(self, sketches: Mapping[str, Message]) -> State:
+        """The server's first state; by default the linear discriminant of the pooled class statistics."""
+        if self.options.start == "zero":
+            return {}
+        pooled = ClassStatistics.merge([self.read_statistics(message) for message in sketches.values()])
+        weight, bias = linear_discriminant(pooled)
+        state = {"start/head/weight": weight, "start/head/bias": bias}
+        if self.options.head_travels:
+            state |= {"global/head/weight": weight, "global/head/bias": bias}
+        return state
+
+    def read_statistics(self, message: Message) -> ClassStatistics:
+        prefix = "statistics/"
+        own = {name.removeprefix(prefix): t for name, t in message.tensors.items() if name.startswith(prefix)}
+        return ClassStatistics.from_tensors(own, self.context.classes, self.context.width)
+
+    def welcome(self, state: State, client: str) -> Message | None:
+        """One-off download; by default the sketched head."""
+        head = {name.removeprefix("start/"): tensor for name, tensor in state.items() if name.startswith("start/")}
+        return Message(head) if head else None
+
+    def settle(self, client: Client, message: Message) -> None:
+        """Take the welcome in: the head starts sketched, or as the client's validation split says."""
+        if self.options.start == "auto":
+            client.tensors.update(
+                choose_head(
+                    message.tensors["head/weight"],
+                    message.tensors["head/bias"],
+                    client.data.features("train"),
+                    client.data.features("validation"),
+                    steps_lr=self.context.learning_rate,
+                    batch_size=self.context.batch_size,
+                    epochs=max(1, self.context.rounds),
+                    seed=self.context.seed,
+                    client=client.id,
+                )
+            )
+        else:
+            client.tensors.update(message.tensors)
+
+    # -- the round -----------------------------------------------------------------------------------------------
+
+    def rounds(self) -> int:
+        """How many rounds the method wants of the recipe's."""
+        return self.context.rounds
+
+    def trained(self, round: int) -> frozenset[str]:
+        """Kinds that local training moves in this round."""
+        return self.trains
+
+    def shared(self, round: int) -> frozenset[str]:
+        """Kinds that travel up after this round's training."""
+        return self.travels | ({"head"} if self.options.head_travels else frozenset())
+
+    def expected(self, round: int, client: str) -> Shapes:
+        """Names and shapes of the message a client sends in this round; anything else is refused."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.context.norms.items()}
+        shapes |= {"head/weight": (self.context.classes, self.context.width), "head/bias": (self.context.classes,)}
+        shapes |= self.adapter.shapes(self.context.ranks[client])
+        kinds = self.shared(round)
+        return {name: shape for name, shape in shapes.items() if name.partition("/")[0] in kinds}
+
+    def send(self, round: int, client: Client) -> Message:
+        return Message(select(client.tensors, self.shared(round)), {"examples": client.examples})
+
+    def server(self, round: int, state: State, messages: Mapping[str, Message]) -> State:
+        """Aggregate; by default the mean of everything that arrived, weighted by examples (FedAvg, arXiv 1602.05629)."""
+        mean = weighted_mean([m.tensors for m in messages.values()], self.weights(messages))
+        return {**state, **{f"global/{name}": tensor for name, tensor in mean.items()}}
+
+    def weights(self, messages: Mapping[str, Message]) -> Tensor:
+        """p_k = n_k / sum n, [K] float64."""
+        n = torch.tensor([message.numbers["examples"] for message in messages.values()], dtype=torch.float64)
+        return n / n.sum()
+
+    def mixing(self, state: State, messages: Mapping[str, Message]) -> Tensor | None:
+        """[K, K]: the weight of client j's update in what client i was meant to get; None where nothing is mixed."""
+        return self.weights(messages).expand(len(messages), -1) if self.travels else None
+
+    def reply(self, state: State, client: str) -> Message | None:
+        """What the server has for a client now, or nothing."""
+        common = {name.removeprefix("global/"): t for name, t in state.items() if name.startswith("global/")}
+        return Message(common) if common else None
+
+    def receive(self, client: Client, message: Message) -> None:
+        client.tensors.update(message.tensors)
+
+    # -- what can be shown ---------------------------------------------------------------------------------------
+
+    def global_model(self, state: State, client: str, tensors: Tensors) -> Tensors | None:
+        """The one model of all clients, if the method has one and its head is common.
+
+        ``tensors`` are those of any one client: what they all share is taken from the state, the rest is common anyway.
+        """
+        if not (self.has_global_model and self.options.head_travels):
+            return None
+        reply = self.reply(state, client)
+        return {**tensors, **(reply.tensors if reply else {})}
+
+    def insight(self, state: State) -> Tensors:
+        """[N, N] matrices worth a picture, rows and columns in the order of ``context.clients``."""
+        return {}
+
+
+def statistics_tensors(statistics: ClassStatistics) -> Tensors:
+    return {f"statistics/{name}": tensor for name, tensor in statistics.to_tensors().items()}

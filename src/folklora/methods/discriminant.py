@@ -1,0 +1,89 @@
+"""A classification head in closed form from class statistics: linear discriminant analysis with shrinkage.
+
+Not part of CE-LoRA: ours [recon], built on the statistics its clients send once anyway. From merged statistics
+(:meth:`folklora.data.statistics.ClassStatistics.merge`) it is the head a central party would have computed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from folklora.errors import MethodError
+
+if TYPE_CHECKING:
+    from folklora.data.statistics import ClassStatistics
+
+
+def linear_discriminant(statistics: ClassStatistics, shrinkage: float | None = None) -> tuple[Tensor, Tensor]:
+    """Weights and biases whose logits are the log posteriors of Gaussian classes with one covariance.
+
+    ``w_c = Sigma^-1 mu_c`` and ``b_c = -1/2 mu_c' Sigma^-1 mu_c + log(n_c / n)``, with
+    ``Sigma = (1 - g) S + g tr(S)/d I``, S the pooled within-class covariance and g the shrinkage. The same head as
+    scikit-learn's ``LinearDiscriminantAnalysis(solver="lsqr", shrinkage=g)``: it averages the shrunk covariances of the
+    classes by their priors, and with priors n_c / n the shrinkage of the average is the average of the shrunk ones.
+
+    A class that nobody has gets the mean of all examples as its mean, and half an example as its count (half the
+    smallest count if that is below 1, after noise): it takes part in the softmax without a preference of its own and
+    never wins over a class as near [recon]. With no examples at all, weights and biases are zero; with no spread at all
+    (S = 0) Sigma is the identity, the nearest-mean rule [recon].
+
+    Parameters
+    ----------
+    statistics
+        Counts, means and covariance, see :class:`~folklora.data.statistics.ClassStatistics`.
+    shrinkage
+        Intensity g in [0, 1]; ``None`` is :func:`oracle_approximating_shrinkage` at n = all examples.
+
+    Returns
+    -------
+    weight, bias
+        ``[C, d]`` and ``[C]`` float32; computed in float64.
+
+    Raises
+    ------
+    MethodError
+        Shrinkage outside [0, 1], or the covariance is singular at this shrinkage.
+    """
+    if shrinkage is not None and not 0 <= shrinkage <= 1:
+        raise MethodError(f"shrinkage = {shrinkage} is not in [0, 1]")
+    counts, means, scatter = statistics.counts.double(), statistics.means.double(), statistics.scatter.double()
+    n, d = float(counts.sum()), scatter.shape[0]
+    if n <= 0:
+        return torch.zeros_like(means, dtype=torch.float32), torch.zeros_like(counts, dtype=torch.float32)
+    unseen = counts <= 0
+    means = torch.where(unseen.unsqueeze(1), counts @ means / n, means)
+    counts = torch.where(unseen, 0.5 * min(1.0, float(counts[~unseen].min())), counts)
+    identity = torch.eye(d, dtype=torch.float64)
+    scale = float(scatter.trace()) / d
+    if scale <= 0:
+        sigma = identity
+    else:
+        g = oracle_approximating_shrinkage(scatter, n) if shrinkage is None else shrinkage
+        sigma = (1 - g) * scatter + g * scale * identity
+    factor, failed = torch.linalg.cholesky_ex(sigma)
+    if failed:
+        raise MethodError(f"the covariance of the features is singular at shrinkage = {shrinkage}: choose more")
+    weight = torch.cholesky_solve(means.T, factor).T
+    bias = -0.5 * (weight * means).sum(1) + torch.log(counts / n)
+    return weight.float(), bias.float()
+
+
+def oracle_approximating_shrinkage(scatter: Tensor, n: float) -> float:
+    """Shrinkage of a covariance towards its mean variance that minimises the expected squared error, for Gaussians.
+
+    Chen, Wiesel, Eldar, Hero 2010 (arXiv 0907.4698, eq. 23) without its terms 2/d, as scikit-learn computes it:
+    ``g = (tr(S^2) + tr(S)^2) / ((n + 1)(tr(S^2) - tr(S)^2 / d))``, at most 1.
+
+    Parameters
+    ----------
+    scatter
+        ``[d, d]`` covariance S (divided by n).
+    n
+        Number of examples behind it.
+    """
+    squares, trace = float(scatter.square().sum()), float(scatter.trace())
+    excess = (n + 1) * (squares - trace**2 / scatter.shape[0])
+    return min((squares + trace**2) / excess, 1.0) if excess > 0 else 1.0

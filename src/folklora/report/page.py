@@ -1,0 +1,262 @@
+"""The report: one HTML file that needs nothing else, and its pictures as PNG files beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from folklora.report.figures import RUN_PICTURES
+from folklora.report.figures_compare import COMPARE_PICTURES
+from folklora.report.reading import Comparison, Run, read_comparison, read_run
+from folklora.report.render import Card, Page, Preformatted, Sheet, draw, write_page
+from folklora.report.tables import (
+    NOTHING,
+    Spread,
+    by_method,
+    cells,
+    header,
+    human_bytes,
+    human_seconds,
+    note,
+    percent,
+)
+
+MOST_LINES = 500  # lines of a table; a federation may have a million clients
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``report.html`` and ``figures/*.png`` of a run, finished or not; returns the path of the page.
+
+    Raises
+    ------
+    RunError
+        The folder is no run directory, one of its files is broken, or the report cannot be written.
+    """
+    run = read_run(run_dir)
+    images = draw(run, run.path / "figures", RUN_PICTURES)
+    finished = run.finished
+    notices = []
+    if not finished:
+        planned = run.section("train").get("rounds")
+        done = run.rounds[-1].round if run.rounds else 0
+        of = f" of {planned}" if planned is not None else ""
+        notices.append(
+            f"This run is not finished: {done}{of} rounds are on record and there is no summary.json yet. "
+            "What follows is validation, not the test."
+        )
+    drops = [(line.round, client, reason) for line in run.lines for client, reason in line.failed.items()]
+    tables = [_clients_sheet(run, drops)]
+    if drops:
+        tables.append(
+            Sheet(
+                _cut(f"Drop-outs and failures: {len(drops)}", len(drops)),
+                ["round", "client", "reason"],
+                [[str(number), client, reason] for number, client, reason in drops[:MOST_LINES]],
+                frozenset({0, 1, 2}),
+                folded=True,
+            )
+        )
+    page = Page(
+        kind="FolkLoRA run" if finished else "FolkLoRA run, not finished",
+        title=f"{run.method} on {_source(run)}",
+        lead=_run_lead(run),
+        facts=_run_facts(run),
+        source=f"the run directory {run.path.resolve().name}",
+        notices=notices,
+        cards=_run_cards(run),
+        tables=tables,
+        images=images,
+        texts=[Preformatted("Recipe", run.recipe_text)],
+    )
+    return write_page(run.path / "report.html", page)
+
+
+def write_compare_report(compare_dir: str | Path) -> Path:
+    """Write ``report.html`` and ``figures/*.png`` of compared runs; returns the path of the page.
+
+    Raises
+    ------
+    RunError
+        The folder holds no runs, one of their files is broken, or the report cannot be written.
+    """
+    comparison = read_comparison(compare_dir)
+    images = draw(comparison, comparison.path / "figures", COMPARE_PICTURES)
+    rows = comparison.rows
+    notices = []
+    waiting = [run.path.name for run in comparison.runs if not run.finished]
+    if not comparison.finished or waiting:
+        names = f"; still without a result: {', '.join(waiting)}" if waiting else ""
+        notices.append(
+            f"This comparison is not finished: {len(rows)} of the {len(comparison.runs)} runs begun have a result"
+            f"{names}."
+        )
+    first = {run.method: run for run in reversed(comparison.runs)}
+    tables = []
+    if rows:
+        table = Sheet("Methods, best first", header(), cells(rows), note=note(rows), first_is_best=True)
+        tables = [table, _runs_sheet(comparison)]
+    sources = sorted({_source(run) for run in comparison.runs})
+    page = Page(
+        kind="FolkLoRA comparison",
+        title=f"{len(first)} method{'s' * (len(first) != 1)} on {', '.join(sources)}",
+        lead=_compare_lead(comparison),
+        facts=_run_facts(comparison.runs[0], seeds=[run.seed for run in comparison.runs]),
+        source=f"the folder {comparison.path.resolve().name}",
+        notices=notices,
+        tables=tables,
+        images=images,
+        texts=[
+            Preformatted(f"Recipe of {name}, seed {run.seed}", run.recipe_text) for name, run in sorted(first.items())
+        ],
+    )
+    return write_page(comparison.path / "report.html", page)
+
+
+def _run_lead(run: Run) -> str:
+    number = len(run.clients)
+    clients = f"{number} client{'s' * (number != 1)}"
+    up = (run.row or {}).get("bytes_up_per_client_round")
+    cost = "" if up is None else f", for {human_bytes(up)} sent per client and round"
+    accuracy = (run.row or {}).get("accuracy_mean")
+    if accuracy is not None:
+        return f"{percent(accuracy)} % test accuracy on average over {clients}{cost}."
+    if run.evaluated:
+        last, validation = run.evaluated[-1]
+        return f"{percent(validation.mean)} % validation accuracy on average over {clients} after round {last}{cost}."
+    return f"{clients}; no round has been evaluated yet."
+
+
+def _compare_lead(comparison: Comparison) -> str:
+    spreads = {name: Spread.of(group, "accuracy_mean") for name, group in by_method(comparison.rows).items()}
+    known = [(name, spread) for name, spread in spreads.items() if spread is not None]
+    if not known:
+        return "No run has a test result yet."
+    (best, top), *others = known
+    lead = f"{best} reaches the highest mean test accuracy, {top.show(percent)} %"
+    if others:
+        lead += f"; next is {others[0][0]} with {others[0][1].show(percent)} %"
+    return lead + "."
+
+
+def _run_facts(run: Run, seeds: Sequence[int | None] | None = None) -> list[str]:
+    data, train = run.section("data"), run.section("train")
+    kind = data.get("partition")
+    skew = {"dirichlet": "alpha", "pathological": "classes_per_client", "natural": "by", "shards": "shards_per_client"}
+    option = skew.get(str(kind), "")
+    detail = f" ({option.replace('_', ' ')} {data[option]})" if data.get(option) is not None else ""
+    many = sorted({seed for seed in seeds or [run.seed] if seed is not None})
+    facts = [
+        f"{len(run.clients)} client{'s' * (len(run.clients) != 1)}",
+        f"{len(run.classes)} classes" if run.classes else "",
+        f"partition {kind}{detail}" if kind else "",
+        f"model {Path(str(run.section('model').get('name'))).name}" if run.section("model").get("name") else "",
+        f"rank {rank}" if (rank := run.section("adapter").get("rank")) is not None else "",
+        f"{train['rounds']} rounds" if "rounds" in train else "",
+        f"seed{'s' * (len(many) > 1)} {', '.join(map(str, many))}" if many else "",
+    ]
+    return [fact for fact in facts if fact]
+
+
+def _run_cards(run: Run) -> list[Card]:
+    cards: list[Card] = []
+    row = run.row or {}
+
+    def add(label: str, key: str, number: Callable[[float], str], unit: str = "", remark: str = "") -> None:
+        if row.get(key) is not None:
+            cards.append(Card(label, number(row[key]) + unit, remark))
+
+    spread = row.get("accuracy_std_clients")
+    beside = f"± {percent(spread)} std over clients" if spread is not None else ""
+    add("Test accuracy, mean", "accuracy_mean", percent, " %", beside)
+    add("Worst tenth of clients", "accuracy_worst_tenth", percent, " %", "test accuracy")
+    add("After local tuning", "accuracy_tuned_mean", percent, " %", "mean over clients")
+    add("Global model", "accuracy_global", percent, " %", "on the common test set")
+    if not run.finished and run.evaluated:
+        last, validation = run.evaluated[-1]
+        remark = f"after round {last}"
+        cards.append(Card("Validation accuracy, mean", f"{percent(validation.mean)} %", remark))
+        if validation.worst_tenth is not None:
+            cards.append(
+                Card("Worst tenth of clients", f"{percent(validation.worst_tenth)} %", f"validation, {remark}")
+            )
+    down = row.get("bytes_down_per_client_round")
+    beside = "per client and round" + (f"; {human_bytes(down)} down" if down is not None else "")
+    add("Sent up", "bytes_up_per_client_round", human_bytes, "", beside)
+    add("Sent once", "bytes_once_per_client", human_bytes, "", "per client, before the first round")
+    total = row.get("seconds_total")
+    add(
+        "Training time",
+        "seconds_train",
+        human_seconds,
+        "",
+        f"{human_seconds(total)} in all" if total is not None else "",
+    )
+    add("Aggregation error", "aggregation_error", lambda value: f"{value:.3g}")
+    return cards
+
+
+def _clients_sheet(run: Run, drops: Sequence[tuple[int, str, str]]) -> Sheet:
+    taken = dict.fromkeys(run.clients, 0)
+    for line in run.rounds:
+        for client in line.participants:
+            taken[client] = taken.get(client, 0) + 1
+    dropped: dict[str, int] = {}
+    for _, client, _ in drops:
+        dropped[client] = dropped.get(client, 0) + 1
+    last = run.evaluated[-1][1].clients if run.evaluated else {}
+    lines = []
+    for client in run.clients[:MOST_LINES]:
+        result, size = run.results.get(client), run.examples[client]
+        tuned = result.accuracy_tuned if result else None
+        lines.append(
+            [
+                client,
+                f"{taken[client]} of {len(run.rounds)}",
+                str(dropped.get(client, 0)),
+                *(str(number) for number in (size.train, size.validation, size.test)),
+                percent(last[client]) if client in last else NOTHING,
+                percent(result.accuracy) if result else NOTHING,
+                percent(tuned) if tuned is not None else NOTHING,
+            ]
+        )
+    titles = [
+        "client",
+        "took part",
+        "dropped out",
+        "train",
+        "validation",
+        "test",
+        "last validation %",
+        "test %",
+        "tuned %",
+    ]
+    return Sheet(_cut("Clients and participation", len(run.clients)), titles, lines, folded=True)
+
+
+def _runs_sheet(comparison: Comparison) -> Sheet:
+    lines = []
+    for run in comparison.runs:
+        row = run.row or {}
+        failed = sum(len(line.failed) for line in run.lines)
+        accuracy = row.get("accuracy_mean")
+        lines.append(
+            [
+                run.path.name,
+                run.method,
+                str(run.seed),
+                str(len(run.rounds)),
+                str(failed),
+                NOTHING if accuracy is None else percent(accuracy),
+                NOTHING if row.get("seconds_total") is None else human_seconds(row["seconds_total"]),
+            ]
+        )
+    titles = ["run", "method", "seed", "rounds", "drop-outs", "accuracy %", "time"]
+    return Sheet("Runs", titles, lines, frozenset({0, 1}), folded=True)
+
+
+def _cut(title: str, count: int) -> str:
+    return title if count <= MOST_LINES else f"{title} (the first {MOST_LINES} of {count})"
+
+
+def _source(run: Run) -> str:
+    return Path(str(run.section("data").get("source", "unknown data"))).name

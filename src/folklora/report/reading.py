@@ -1,0 +1,303 @@
+"""A run directory, or a folder of compared runs, read as typed data.
+
+The files are described in ``docs/architecture.md``. A run that is still going is read as far as it got; a file that
+contradicts its description is refused with one `RunError` line naming the file and, in ``metrics.jsonl``, the line.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors.numpy
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+
+from folklora.errors import RunError
+
+Row = Mapping[str, Any]
+"""The compare row of a finished run: the `row` of its ``summary.json``."""
+
+INSIGHTS = ("similarity/data", "similarity/model", "similarity/mixed", "weights")
+
+
+class _Record(BaseModel):
+    """A piece of one of the files; keys that a report does not need are passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Validation(_Record):
+    """Accuracy of a round on the clients' validation splits, in 0..1."""
+
+    mean: float
+    std: float | None = None
+    worst_tenth: float | None = None
+    weighted: float | None = None
+    clients: dict[str, float] = {}
+
+
+class Round(_Record):
+    """A line of ``metrics.jsonl``; round 0 holds the traffic before the first round."""
+
+    round: int = Field(ge=0)
+    participants: tuple[str, ...] = ()
+    failed: dict[str, str] = {}
+    train_loss: float | None = None
+    validation: Validation | None = None
+    bytes_up: int = Field(0, ge=0)
+    bytes_down: int = Field(0, ge=0)
+    aggregation_error: float | None = None
+    seconds: dict[str, float] = {}
+
+
+class Examples(_Record):
+    """How many examples a client has in each split."""
+
+    train: int = 0
+    validation: int = 0
+    test: int = 0
+
+
+class ClientResult(_Record):
+    """A client's line in ``summary.json``."""
+
+    accuracy: float
+    accuracy_tuned: float | None = None
+    examples: Examples = Examples()
+
+
+class _Summary(_Record):
+    row: dict[str, Any]
+    clients: dict[str, ClientResult] = {}
+
+
+class _Indices(_Record):
+    train: list[int] = []
+    validation: list[int] = []
+    test: list[int] = []
+
+
+class _Partition(_Record):
+    classes: tuple[str, ...] = ()
+    clients: dict[str, _Indices] = Field(min_length=1)
+    counts: dict[str, list[int]] | None = None
+
+
+class _Compare(_Record):
+    rows: list[dict[str, Any]]
+    runs: list[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a report shows of one run.
+
+    Attributes
+    ----------
+    path
+        The run directory.
+    recipe_text, recipe
+        ``recipe.toml`` as it stands, and parsed. It is not validated anew, so a run of an older version stays readable.
+    classes
+        Names of the classes.
+    examples
+        Client id -> sizes of its splits; the order of the clients is that of ``partition.json``.
+    counts
+        [clients, classes] training examples of each class, or None where ``partition.json`` has no ``counts``.
+    once
+        Round 0, the one-off traffic, if any.
+    rounds
+        The rounds that are on record, in order, without round 0.
+    row, results
+        The compare row and each client's test results; None and empty until the run is finished.
+    insights
+        Name -> [clients, clients] matrix, those of `INSIGHTS` that the method left.
+    """
+
+    path: Path
+    recipe_text: str
+    recipe: dict[str, Any]
+    classes: tuple[str, ...]
+    examples: dict[str, Examples]
+    counts: np.ndarray | None
+    once: Round | None
+    rounds: tuple[Round, ...]
+    row: Row | None
+    results: dict[str, ClientResult]
+    insights: dict[str, np.ndarray]
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Client ids in the order of ``partition.json``."""
+        return tuple(self.examples)
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return str((self.row or {}).get("method") or self.section("method").get("name") or "unknown method")
+
+    @property
+    def seed(self) -> int | None:
+        """The recipe's seed."""
+        seed = (self.row or {}).get("seed", self.recipe.get("seed"))
+        return int(seed) if isinstance(seed, int) else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run wrote its summary."""
+        return self.row is not None
+
+    @property
+    def lines(self) -> tuple[Round, ...]:
+        """All lines of ``metrics.jsonl``: round 0, where there is one, and the rounds."""
+        return ((self.once,) if self.once else ()) + self.rounds
+
+    @property
+    def evaluated(self) -> tuple[tuple[int, Validation], ...]:
+        """(round, validation) of the lines that were evaluated."""
+        return tuple((line.round, line.validation) for line in self.lines if line.validation is not None)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A table of the recipe; empty where it is absent."""
+        section = self.recipe.get(name)
+        return section if isinstance(section, dict) else {}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A folder of compared runs; `finished` says whether ``compare.json`` was written."""
+
+    path: Path
+    rows: tuple[Row, ...]
+    runs: tuple[Run, ...]
+    finished: bool
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run directory.
+
+    Raises
+    ------
+    RunError
+        The folder is no run directory, a file is missing, or a file is not what it should be.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"{path}: no such run directory")
+    if not (path / "recipe.toml").is_file():
+        raise RunError(f"{path}: not a run directory (it has no recipe.toml)")
+    text = _text(path / "recipe.toml")
+    try:
+        recipe = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RunError(f"{path / 'recipe.toml'}: not valid TOML: {error}") from None
+    partition = _parse(_Partition, path / "partition.json")
+    summary = _parse(_Summary, path / "summary.json") if (path / "summary.json").is_file() else None
+    lines = _rounds(path / "metrics.jsonl")
+    if not lines and summary is not None and summary.row.get("rounds"):
+        raise RunError(f"{path / 'metrics.jsonl'}: missing or empty, though summary.json tells of finished rounds")
+    return Run(
+        path=path,
+        recipe_text=text,
+        recipe=recipe,
+        classes=partition.classes,
+        examples={
+            client: Examples(train=len(split.train), validation=len(split.validation), test=len(split.test))
+            for client, split in partition.clients.items()
+        },
+        counts=_counts(partition, path / "partition.json"),
+        once=lines[0] if lines and lines[0].round == 0 else None,
+        rounds=tuple(line for line in lines if line.round > 0),
+        row=summary.row if summary else None,
+        results=summary.clients if summary else {},
+        insights=_insights(path / "insight.safetensors", len(partition.clients)),
+    )
+
+
+def read_comparison(path: str | Path) -> Comparison:
+    """Read a folder of compared runs; without ``compare.json`` yet, the runs inside that are already finished.
+
+    Raises
+    ------
+    RunError
+        As `read_run`; or the folder holds no runs.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"{path}: no such folder of compared runs")
+    if (path / "compare.json").is_file():
+        compare = _parse(_Compare, path / "compare.json")
+        stray = next((name for name in compare.runs if name in {"", ".", ".."} or Path(name).name != name), None)
+        if stray is not None:
+            raise RunError(f"{path / 'compare.json'}: run {stray!r} is not the name of a folder beside it")
+        if not compare.rows:
+            raise RunError(f"{path / 'compare.json'}: holds no rows")
+        return Comparison(path, tuple(compare.rows), tuple(read_run(path / name) for name in compare.runs), True)
+    runs = [read_run(folder.parent) for folder in sorted(path.glob("*/recipe.toml"))]
+    if not runs:
+        raise RunError(f"{path}: not a folder of compared runs (neither compare.json nor run directories in it)")
+    return Comparison(path, tuple(run.row for run in runs if run.row is not None), tuple(runs), False)
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RunError(f"{path}: missing from the run directory") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: cannot be read as text: {error}") from None
+
+
+def _parse(model: type[_Model], path: Path, text: str | None = None, where: str = "") -> _Model:
+    try:
+        return model.model_validate_json(_text(path) if text is None else text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise RunError(f"{path}{where}: {key + ': ' if key else ''}{' '.join(first['msg'].split())}") from None
+
+
+def _rounds(path: Path) -> list[Round]:
+    if not path.exists():
+        return []  # the first round is still under way
+    rounds: list[Round] = []
+    for number, text in enumerate(_text(path).split("\n"), start=1):
+        if not text.strip():
+            continue
+        line = _parse(Round, path, text, f", line {number}")
+        if rounds and line.round <= rounds[-1].round:
+            raise RunError(f"{path}, line {number}: round {line.round} stands after round {rounds[-1].round}")
+        rounds.append(line)
+    return rounds
+
+
+def _counts(partition: _Partition, path: Path) -> np.ndarray | None:
+    if partition.counts is None:
+        return None
+    rows = [partition.counts.get(client, []) for client in partition.clients]
+    for client, row in zip(partition.clients, rows, strict=True):
+        if len(row) != len(partition.classes):
+            raise RunError(f"{path}: counts of client {client!r} has {len(row)} of {len(partition.classes)} classes")
+    return np.array(rows, dtype=np.int64)
+
+
+def _insights(path: Path, clients: int) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        return {}
+    try:
+        tensors = safetensors.numpy.load_file(path)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise RunError(f"{path}: not a readable safetensors file: {error}") from None
+    insights = {name: tensors[name].astype(np.float64) for name in INSIGHTS if name in tensors}
+    for name, matrix in insights.items():
+        if matrix.shape != (clients, clients):
+            raise RunError(f"{path}: {name} has shape {list(matrix.shape)}; expected [{clients}, {clients}]")
+    return insights

@@ -1,0 +1,280 @@
+"""The cohort trainer: one forward and one backward pass of the frozen backbone serve K clients.
+
+Each client sits in a *slot*: one row of a [K, P] matrix of trained numbers. The loss is the sum of the clients' mean
+losses, so gradients do not mix; clipping, optimiser moments, step counts, learning rates and dropout are per row. When a
+client has done its local epochs the next one takes its slot, like continuous batching; when nobody waits, the slot closes.
+The result is what training each client alone gives, whatever K is; K = 1 is the path of a network member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from folklora.adapters.layers import Bank
+from folklora.adapters.lowrank import LowRank, Tensors
+from folklora.backbones.batch import Batch, TokenIds
+from folklora.backbones.classification import Classification
+from folklora.randomness import numpy_generator, torch_generator
+from folklora.recipe import TrainSection
+from folklora.training.optimizer import build, clip_rows, schedule
+from folklora.training.stacks import from_stack, plug, stack, to_stack
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's local training in one round.
+
+    Attributes
+    ----------
+    tensors
+        Everything the client's model consists of: factors, head, norms.
+    trained
+        Names among them that receive gradients.
+    moments
+        Optimiser state from an earlier round (``m/<name>``, ``v/<name>``, ``steps``), or empty to start fresh.
+    """
+
+    client: str
+    round: int
+    rank: int
+    tensors: Tensors
+    trained: frozenset[str]
+    examples: Sequence[TokenIds]
+    labels: np.ndarray
+    moments: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a job became: all tensors (trained ones new), the mean training loss, steps done, optimiser state."""
+
+    client: str
+    tensors: Tensors
+    loss: float
+    steps: int
+    moments: Tensors
+
+
+class Slot:
+    """A client in training: its minibatches still to come, and its tallies."""
+
+    def __init__(self, job: Job, train: TrainSection, seed: int) -> None:
+        self.job = job
+        order = numpy_generator(seed, "order", job.client, job.round)
+        n = len(job.examples)
+        epochs = [order.permutation(n) for _ in range(train.local_epochs)]
+        self.batches = [epoch[i : i + train.batch_size] for epoch in epochs for i in range(0, n, train.batch_size)]
+        self.dropout = torch_generator(seed, "dropout", job.client, job.round)
+        self.done = 0
+        self.loss = 0.0
+        self.seen = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.done == len(self.batches)
+
+    def learning_rate(self, train: TrainSection) -> float:
+        per_round = len(self.batches)
+        step = (self.job.round - 1) * per_round + self.done
+        return train.lr * schedule(train, step, max(1, train.rounds) * per_round)
+
+
+class Rows:
+    """The trained numbers of K slots as one [K, P] matrix, with a named leaf tensor [K, ...] into each column range.
+
+    The leaves' gradients are views of one [K, P] matrix too: clipping and the optimiser are then a few whole-matrix
+    operations, however many tensors a method trains.
+    """
+
+    def __init__(self, values: Tensor, shapes: dict[str, torch.Size]) -> None:
+        self.values = values
+        self.grads = torch.zeros_like(values)
+        self.leaves: Tensors = {}
+        self.columns: dict[str, slice] = {}
+        start = 0
+        for name, shape in shapes.items():
+            stop = start + shape.numel()
+            self.columns[name] = slice(start, stop)
+            leaf = values[:, start:stop].view(-1, *shape).requires_grad_()
+            leaf.grad = self.grads[:, start:stop].view(-1, *shape)
+            self.leaves[name] = leaf
+            start = stop
+
+
+class CohortTrainer:
+    """Trains the adapters of many clients through one backbone; see the module's text."""
+
+    def __init__(self, task: Classification, adapter: LowRank, train: TrainSection, seed: int) -> None:
+        self.task = task
+        self.backbone = task.backbone
+        self.adapter = adapter
+        self.train = train
+        self.seed = seed
+
+    def slots_for(self, jobs: Sequence[Job]) -> int:
+        """K: how many clients to train side by side, by the recipe or by tokens a step."""
+        if self.train.cohort != "auto":
+            return min(self.train.cohort, len(jobs))
+        sample = [len(example) for job in jobs[:64] for example in job.examples[:64]]
+        tokens = self.train.batch_size * (sum(sample) / max(1, len(sample)))
+        return max(1, min(len(jobs), round(self.train.tokens / tokens)))
+
+    def fit(self, jobs: Sequence[Job]) -> Iterator[Fitted]:
+        """Train all jobs; each is given back as soon as it is done, in no particular order.
+
+        All jobs must train the same kinds of tensors; their ranks, sizes and values may differ.
+        """
+        if not jobs:
+            return
+        # Long jobs first: the last slots to close are then short ones, and few steps run with a cohort half empty.
+        waiting = sorted(jobs, key=lambda job: -len(job.examples))
+        rank = max(job.rank for job in jobs)
+        count = self.slots_for(waiting)
+        live = _Cohort(self, waiting[:count], rank)
+        queue = iter(waiting[count:])
+        while live.slots:
+            live.step()
+            for k in reversed([k for k, slot in enumerate(live.slots) if slot.finished]):
+                yield live.take(k)
+                following = next(queue, None)
+                if following is None:
+                    live.close(k)
+                else:
+                    live.seat(k, following)
+
+
+class _Cohort:
+    """The slots that are training right now."""
+
+    def __init__(self, trainer: CohortTrainer, jobs: Sequence[Job], rank: int) -> None:
+        self.trainer = trainer
+        self.device = trainer.backbone.device
+        self.rank = rank
+        self.slots = [Slot(job, trainer.train, trainer.seed) for job in jobs]
+        stacks = stack([job.tensors for job in jobs], rank, self.device)
+        self.trained = sorted(jobs[0].trained)
+        self.shapes = {name: stacks[name].shape[1:] for name in self.trained}
+        flat = [stacks.pop(name).flatten(1) for name in self.trained]
+        self.frozen = stacks
+        self.rows = Rows(torch.cat(flat, dim=1), self.shapes)
+        self.optimizer = build(trainer.train, *self.rows.values.shape, self.device)
+        self.scales = torch.tensor([trainer.adapter.scale(job.rank) for job in jobs], device=self.device)
+        for k, job in enumerate(jobs):
+            self._restore_moments(k, job)
+
+    def step(self) -> None:
+        """One minibatch of every slot: forward, backward, clip, move."""
+        train, task, backbone = self.trainer.train, self.trainer.task, self.trainer.backbone
+        chosen = [slot.batches[slot.done] for slot in self.slots]
+        groups = [[slot.job.examples[i] for i in picks] for slot, picks in zip(self.slots, chosen, strict=True)]
+        labels = torch.from_numpy(np.concatenate([s.job.labels[p] for s, p in zip(self.slots, chosen, strict=True)]))
+        batch = backbone.batch(groups, train.packed)
+        stacks = {**self.frozen, **self.rows.leaves}
+        bank = plug(self.trainer.adapter, stacks, self.scales, batch, self.device)
+        if self.trainer.adapter.dropout:
+            bank.dropout = _Dropout(self.trainer.adapter.dropout, batch, self.slots, bank)
+
+        hidden = backbone.hidden(batch, bank)
+        features = task.features(hidden, batch)
+        logits = task.logits(features, batch, stacks["head/weight"], stacks["head/bias"])
+        losses = task.losses(logits, labels, batch)
+        self.rows.grads.zero_()
+        losses.sum().backward()
+
+        with torch.no_grad():
+            if train.clip is not None:
+                clip_rows(self.rows.grads, train.clip)
+            lr = torch.tensor([slot.learning_rate(train) for slot in self.slots], device=self.device)
+            self.optimizer.step(self.rows.values, self.rows.grads, lr)
+        for slot, picks, loss in zip(self.slots, chosen, losses.tolist(), strict=True):
+            slot.done += 1
+            slot.loss += loss * len(picks)
+            slot.seen += len(picks)
+
+    def take(self, k: int) -> Fitted:
+        """The client in slot k, as it is now."""
+        slot = self.slots[k]
+        job = slot.job
+        tensors = dict(job.tensors)
+        for name in self.trained:
+            tensors[name] = from_stack(name, self.rows.leaves[name][k], job.rank)
+        moments: Tensors = {}
+        if self.trainer.train.optimizer_state == "kept":
+            for moment, values in self.optimizer.moments.items():
+                for name in self.trained:
+                    shaped = values[k, self.rows.columns[name]].view(self.shapes[name])
+                    moments[f"{moment}/{name}"] = from_stack(name, shaped, job.rank)
+            moments["steps"] = self.optimizer.steps[k].cpu().clone()
+        return Fitted(job.client, tensors, slot.loss / slot.seen, slot.done, moments)
+
+    def seat(self, k: int, job: Job) -> None:
+        """Give slot k to the next client."""
+        self.slots[k] = Slot(job, self.trainer.train, self.trainer.seed)
+        with torch.no_grad():
+            for name in self.trained:
+                self.rows.leaves[name][k] = to_stack(name, job.tensors[name], self.rank)
+            for name, tensor in self.frozen.items():
+                tensor[k] = to_stack(name, job.tensors[name], self.rank)
+        self.scales[k] = self.trainer.adapter.scale(job.rank)
+        for values in self.optimizer.moments.values():
+            values[k] = 0
+        self.optimizer.steps[k] = 0
+        self._restore_moments(k, job)
+
+    def close(self, k: int) -> None:
+        """Remove slot k: the others go on in a smaller stack."""
+        keep = [i for i in range(len(self.slots)) if i != k]
+        del self.slots[k]
+        self.rows = Rows(self.rows.values.detach()[keep], self.shapes)
+        self.frozen = {name: tensor[keep] for name, tensor in self.frozen.items()}
+        self.scales = self.scales[keep]
+        self.optimizer.moments = {name: values[keep] for name, values in self.optimizer.moments.items()}
+        self.optimizer.steps = self.optimizer.steps[keep]
+
+    def _restore_moments(self, k: int, job: Job) -> None:
+        for moment, values in self.optimizer.moments.items():
+            for name in self.trained:
+                if (saved := job.moments.get(f"{moment}/{name}")) is not None:
+                    values[k, self.rows.columns[name]] = to_stack(name, saved, self.rank).reshape(-1)
+        if "steps" in job.moments and all(f"m/{name}" in job.moments for name in self.trained):
+            self.optimizer.steps[k] = job.moments["steps"]
+
+
+class _Dropout:
+    """LoRA dropout whose masks depend on the client alone: not on K, not on the layout of the batch.
+
+    Masks are drawn from the client's own generator in the order (site, sequence, position) and then placed where the
+    tokens lie. Probabilities are exact to 2^-16.
+    """
+
+    def __init__(self, probability: float, batch: Batch, slots: Sequence[Slot], bank: Bank) -> None:
+        self.threshold = round(probability * 65536)
+        self.generators = [slot.dropout for slot in slots]
+        self.device = bank.row_clients.device
+        segments, positions = batch.segments.reshape(-1), batch.positions.reshape(-1)
+        tokens = (segments >= 0).nonzero().squeeze(1)
+        self.order = tokens[torch.argsort(segments[tokens] * batch.row_length + positions[tokens])]
+        self.rows = segments.numel()
+        owners = batch.sequence_clients()[segments[self.order]]
+        self.counts = torch.bincount(owners, minlength=batch.clients).tolist()
+
+    def __call__(self, site: str, width: int) -> Tensor:
+        draws = []
+        for count, generator in zip(self.counts, self.generators, strict=True):
+            # 64 random bits give four numbers of 16: far cheaper than a float a number.
+            words = torch.empty(-(-count * width // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+            draws.append(words.view(torch.int16)[: count * width].view(count, width))
+        keep = torch.cat(draws) >= self.threshold - 32768
+        mask = torch.zeros(self.rows, width)
+        mask[self.order] = keep.float() / (1 - self.threshold / 65536)
+        return mask.to(self.device)
+
+
+def total_examples(jobs: Iterable[Job]) -> int:
+    """Examples in all jobs together: what progress is measured in."""
+    return sum(len(job.examples) for job in jobs)

@@ -1,0 +1,87 @@
+"""Prediction with each client's own adapter, many clients in one forward pass; and features of the frozen backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from folklora.adapters.lowrank import LowRank, Tensors
+from folklora.backbones.batch import TokenIds
+from folklora.backbones.classification import Classification
+from folklora.training.stacks import plug, stack
+
+
+@dataclass(frozen=True)
+class Question:
+    """Examples to be answered by one client's model."""
+
+    client: str
+    rank: int
+    tensors: Tensors
+    examples: Sequence[TokenIds]
+
+
+def features(task: Classification, examples: Sequence[TokenIds], tokens: int = 8192) -> np.ndarray:
+    """Pooled float32 features [n, d] of the frozen backbone, without any adapter."""
+    found = np.zeros((len(examples), task.backbone.width), dtype=np.float32)
+    with torch.no_grad():
+        for picks in _chunks([examples], tokens):
+            chosen = picks[0][1]
+            batch = task.backbone.batch([[examples[i] for i in chosen]])
+            hidden = task.backbone.hidden(batch, None, torch.float32)
+            found[chosen] = task.features(hidden, batch).cpu().numpy()
+    return found
+
+
+def predict(
+    task: Classification, adapter: LowRank, questions: Sequence[Question], tokens: int = 8192
+) -> dict[str, np.ndarray]:
+    """Float32 logits [n, classes] for every question, keyed by client.
+
+    Parameters
+    ----------
+    tokens
+        About how many tokens one forward pass takes, over all clients in it.
+    """
+    answers = {q.client: np.zeros((len(q.examples), task.classes), dtype=np.float32) for q in questions}
+    asked = [question for question in questions if len(question.examples)]
+    device = task.backbone.device
+    with torch.no_grad():
+        for picks in _chunks([question.examples for question in asked], tokens):
+            chosen = [(asked[k], members) for k, members in picks]
+            rank = max(question.rank for question, _ in chosen)
+            stacks = stack([question.tensors for question, _ in chosen], rank, device)
+            scales = torch.tensor([adapter.scale(question.rank) for question, _ in chosen], device=device)
+            batch = task.backbone.batch([[question.examples[i] for i in members] for question, members in chosen])
+            hidden = task.backbone.hidden(batch, plug(adapter, stacks, scales, batch, device), torch.float32)
+            found = task.features(hidden, batch)
+            logits = task.logits(found, batch, stacks["head/weight"], stacks["head/bias"]).cpu().numpy()
+            for (question, members), start in zip(chosen, batch.sequence_offsets, strict=False):
+                answers[question.client][members] = logits[start : start + len(members)]
+    return answers
+
+
+def _chunks(groups: Sequence[Sequence[TokenIds]], tokens: int) -> Iterator[list[tuple[int, list[int]]]]:
+    """Cut groups of examples into forward passes of about ``tokens`` tokens: lists of (group, members).
+
+    Within a group, examples go from long to short, so that those of a pass are of like length.
+    """
+    current: list[tuple[int, list[int]]] = []
+    filled = 0
+    for k, group in enumerate(groups):
+        members: list[int] = []
+        for i in sorted(range(len(group)), key=lambda i: -len(group[i])):
+            if filled and filled + len(group[i]) > tokens:
+                if members:
+                    current.append((k, members))
+                yield current
+                current, members, filled = [], [], 0
+            members.append(i)
+            filled += len(group[i])
+        if members:
+            current.append((k, members))
+    if current:
+        yield current

@@ -1,0 +1,355 @@
+"""Sharing and splitting: counted by hand, not by the code under test."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from folklora.data.partition import Split, from_json, histogram, partition, split, to_json
+from folklora.data.sources import Table, fingerprint
+from folklora.errors import DataError
+from folklora.recipe import DataSection
+
+
+def make_table(sizes: list[int], groups: list[str] | None = None) -> Table:
+    """Examples sorted by class, the worst order for a scheme that forgets to shuffle."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    classes = tuple(f"class {i:02d}" for i in range(len(sizes)))
+    return Table([f"text {i}" for i in range(len(labels))], labels, classes, groups)
+
+
+TABLE = make_table([100, 80, 120, 60, 140])
+
+
+def everything(of: Split) -> list[int]:
+    return [*of.train.tolist(), *of.validation.tolist(), *of.test.tolist()]
+
+
+def shares(clients: dict[str, Split]) -> dict[str, list[int]]:
+    return {client: sorted(everything(of)) for client, of in clients.items()}
+
+
+def assert_disjoint(clients: dict[str, Split], count: int) -> None:
+    rows = [row for of in clients.values() for row in everything(of)]
+    assert len(rows) == len(set(rows)) == count
+
+
+SCHEMES = {
+    "iid": {"partition": "iid", "clients": 7},
+    "dirichlet": {"partition": "dirichlet", "clients": 7, "alpha": 0.5},
+    "pathological": {"partition": "pathological", "clients": 7, "classes_per_client": 3},
+    "shards": {"partition": "shards", "clients": 10, "shards_per_client": 2},
+    "natural": {"partition": "natural", "by": "who"},
+}
+
+
+@pytest.mark.parametrize("options", SCHEMES.values(), ids=SCHEMES)
+def test_every_scheme_is_disjoint_complete_and_deterministic(options: dict) -> None:
+    table = make_table([100, 80, 120, 60, 140], [f"g{i % 7}" for i in range(500)])
+    section = DataSection(min_examples=5, **options)
+    first, again, other = (partition(table, section, seed) for seed in (3, 3, 4))
+    assert_disjoint(first, 500)
+    assert to_json(table, first) == to_json(table, again)
+    assert to_json(table, first) != to_json(table, other)
+    if options["partition"] != "natural":
+        assert list(first) == [str(i) for i in range(options["clients"])]
+        assert shares(first) != shares(other)
+    for of in first.values():
+        assert len(of) >= 5
+        for part in (of.train, of.validation, of.test):
+            assert part.dtype == np.int64
+            assert len(part) > 0
+            assert part.tolist() == sorted(part.tolist())
+
+
+def test_iid_clients_are_equal_and_mixed() -> None:
+    clients = partition(TABLE, DataSection(partition="iid", clients=4), 0)
+    for client in clients.values():
+        assert len(client) == 125
+        # Hypergeometric: standard deviations of 3.6 to 4.4, so that 22 is five of them.
+        np.testing.assert_allclose(histogram(TABLE, client), [25, 20, 30, 15, 35], atol=22)
+
+
+def test_dirichlet_skew_grows_as_alpha_falls() -> None:
+    def skew(alpha: float) -> float:
+        of = partition(TABLE, DataSection(clients=5, alpha=alpha, min_examples=3), 1)
+        counts = np.array([histogram(TABLE, client) for client in of.values()])
+        return float((counts / counts.sum(1, keepdims=True)).max(1).mean())  # the largest class's share
+
+    assert 0.25 < skew(1000.0) < 0.32  # the largest class of all has 0.28
+    assert skew(0.1) > skew(1.0) + 0.1 > skew(1000.0) + 0.1
+
+
+def test_dirichlet_shares_follow_the_distribution() -> None:
+    # A client's share of a class is Beta(alpha, (N - 1) alpha) before conditioning on min_examples, which is idle here.
+    table, alpha, count = make_table([1000] * 100), 2.0, 5
+    clients = partition(table, DataSection(clients=count, alpha=alpha), 0)
+    fractions = np.array([histogram(table, client) for client in clients.values()]) / 1000
+    mean = 1 / count
+    variance = mean * (1 - mean) / (count * alpha + 1)
+    assert fractions.mean() == pytest.approx(mean)
+    assert fractions.var() == pytest.approx(variance, rel=0.25)
+
+
+def test_the_seed_draws_the_dirichlet_shares() -> None:
+    # With classes of one size, clients' sizes depend on the shares alone, not on which class comes first.
+    table = make_table([100] * 5)
+    sizes = [sorted(len(of) for of in partition(table, DataSection(clients=5), seed).values()) for seed in (0, 1)]
+    assert sizes[0] != sizes[1]
+
+
+def test_pathological_clients_hold_their_number_of_classes(caplog: pytest.LogCaptureFixture) -> None:
+    clients = partition(TABLE, DataSection(partition="pathological", clients=10, classes_per_client=2), 0)
+    assert {np.count_nonzero(histogram(TABLE, client)) for client in clients.values()} == {2}
+    assert not caplog.records  # ten clients leave none of five classes out
+
+    section = DataSection(partition="pathological", clients=2, classes_per_client=1)
+    chosen = set()
+    for seed in range(6):
+        caplog.clear()
+        clients = partition(TABLE, section, seed)
+        rows = sum(len(client) for client in clients.values())
+        assert f"{500 - rows} of 500 examples unused" in caplog.text
+        chosen.add(frozenset(int(histogram(TABLE, client).argmax()) for client in clients.values()))
+    assert len(chosen) > 1  # the seed decides which classes are used, not the alphabet
+
+
+def test_shards_are_equal_and_hold_few_classes(caplog: pytest.LogCaptureFixture) -> None:
+    clients = partition(TABLE, DataSection(partition="shards", clients=10, shards_per_client=2), 0)
+    for client in clients.values():
+        assert len(client) == 50
+        assert np.count_nonzero(histogram(TABLE, client)) <= 4  # a shard of 25 meets at most two classes of >= 60
+    assert not caplog.records
+
+    clients = partition(TABLE, DataSection(partition="shards", clients=12, shards_per_client=3), 0)
+    assert {len(client) for client in clients.values()} == {39}  # 36 shards of 13
+    assert_disjoint(clients, 468)
+    assert "32 of 500 examples unused" in caplog.text
+    unused = [100, 80, 120, 60, 140] - sum(histogram(TABLE, client) for client in clients.values())
+    assert np.count_nonzero(unused) >= 4  # drawn from all classes, not the tail of the sorted list
+
+
+def test_natural_clients_are_the_columns_values(caplog: pytest.LogCaptureFixture) -> None:
+    groups = ["10"] * 4 + ["9"] * 7 + ["2"] * 3 + ["10"] * 2
+    table = make_table([8, 8], groups)
+    clients = partition(table, DataSection(partition="natural", by="w", min_examples=4, clients=99), 0)
+    assert list(clients) == ["9", "10"]  # by value, all being numbers; "2" is too small
+    assert shares(clients) == {"9": list(range(4, 11)), "10": [0, 1, 2, 3, 14, 15]}
+    assert "dropped 1 of 3 clients" in caplog.text
+
+    odd = ["é\0", "é", " x", "Ω/../"] * 4
+    clients = partition(make_table([8, 8], odd), DataSection(partition="natural", by="w", min_examples=3), 0)
+    assert list(clients) == sorted(set(odd))
+    assert shares(clients)["é\0"] == [0, 4, 8, 12]
+
+
+# Impossible settings
+
+
+@pytest.mark.parametrize(
+    ("options", "problem", "allowed"),
+    [
+        ({"clients": 51}, "clients = 51 with data.min_examples = 10 needs 510", "clients <= 50"),
+        ({"partition": "iid", "clients": 1_000_000}, "the source has 500", "clients <= 50"),
+        ({"partition": "pathological", "classes_per_client": 6}, "classes_per_client = 6", "<= 5"),
+        ({"partition": "pathological", "clients": 160, "min_examples": 3}, "more|fewer examples|only", "fewer clients"),
+        ({"partition": "pathological", "clients": 45, "classes_per_client": 1}, "only", "min_examples"),
+        ({"partition": "shards", "shards_per_client": 60}, "600 shards of 0 examples", "fewer shards_per_client"),
+        ({"partition": "shards", "clients": 40, "shards_per_client": 7}, "give a client 7", "fewer clients"),
+        ({"alpha": 0.001}, "alpha = 0.001: no draw", "a larger alpha"),
+        ({"alpha": 1e308}, "alpha = 1e+308: no draw", "min_examples"),
+        ({"partition": "natural", "by": "w"}, 'needs `by = "column"`', "clients"),
+    ],
+)  # fmt: skip
+def test_impossible_partition_is_one_line(
+    options: dict, problem: str, allowed: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(DataError) as caught:
+        partition(TABLE, DataSection(**options), 0)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert any(part in message for part in problem.split("|"))
+    assert allowed in message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_class_with_fewer_examples_than_clients_is_one_line() -> None:
+    section = DataSection(partition="pathological", clients=9, classes_per_client=2, min_examples=3)
+    with pytest.raises(DataError, match="a class has fewer examples than clients"):
+        partition(make_table([100, 2]), section, 0)
+
+
+def test_natural_without_a_client_large_enough() -> None:
+    section = DataSection(partition="natural", by="w", min_examples=10)
+    with pytest.raises(DataError, match=r"none of the 5 clients .* allowed: min_examples <= 4"):
+        partition(make_table([10, 10], [str(i % 5) for i in range(20)]), section, 0)
+
+
+def test_partitioners_are_silent_and_leave_no_files(tmp_path: Path) -> None:
+    script = """
+import numpy as np
+from folklora.data.partition import partition
+from folklora.data.sources import Table
+from folklora.recipe import DataSection
+table = Table(["x"] * 200, np.arange(200) % 4, ("a", "b", "c", "d"), [str(i % 5) for i in range(200)])
+for kind in ("iid", "dirichlet", "pathological", "shards", "natural"):
+    partition(table, DataSection(partition=kind, by="w", alpha=5.0, clients=4), 0)
+"""
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "hf").mkdir()
+    environment = {
+        "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "HOME": str(tmp_path), "TMPDIR": str(tmp_path / "tmp"),
+        "HF_HOME": str(tmp_path / "hf"), "MPLCONFIGDIR": str(tmp_path / "matplotlib"), "MPLBACKEND": "agg",
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "partition" not in done.stdout
+    assert "it [" not in done.stderr  # tqdm's bar
+    left = {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*") if p.is_file()}
+    assert left <= {"matplotlib"}
+
+
+# Splitting one client
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 6), min_size=3, max_size=120),
+    validation=st.floats(0.01, 0.9),
+    test=st.floats(0.01, 0.9),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_split_is_a_partition_in_proportion(labels: list[int], validation: float, test: float, seed: int) -> None:
+    array = np.array(labels)
+    indices = np.arange(len(array))
+    of = split(array, indices, validation, test, seed, "c")
+    assert sorted(everything(of)) == indices.tolist()
+    assert min(len(of.train), len(of.validation), len(of.test)) >= 1
+    n = len(array)
+    if validation + test < 0.9 and n * (1 - validation - test) > 2:
+        assert abs(len(of.test) - n * test) <= max(0.5, 1 - n * test) + 1e-9
+        assert abs(len(of.validation) - n * validation) <= max(0.5, 1 - n * validation) + 1e-9
+    for label in set(labels):
+        members = (array == label).sum()
+        in_test, in_validation = ((array[part] == label).sum() for part in (of.test, of.validation))
+        assert abs(in_test - members * len(of.test) / n) < 1
+        left = n - len(of.test)
+        assert abs(in_validation - (members - in_test) * len(of.validation) / left) < 1
+
+
+def test_split_of_a_client_depends_on_nothing_else() -> None:
+    labels = np.tile(np.arange(4), 30)
+    mine = np.arange(10, 70)
+    base = split(labels, mine, 0.1, 0.2, 0, "a")
+    assert (len(base.train), len(base.validation), len(base.test)) == (42, 6, 12)
+    shuffled = split(labels, mine[::-1], 0.1, 0.2, 0, "a")
+    assert everything(shuffled) == everything(base)
+    assert everything(split(labels, mine, 0.1, 0.2, 1, "a")) != everything(base)
+    assert everything(split(labels, mine, 0.1, 0.2, 0, "b")) != everything(base)
+
+
+def test_rare_classes_reach_every_part_with_the_probability_of_its_fraction() -> None:
+    labels = np.array([0] * 19 + [1])
+    counts = np.zeros(3)
+    for seed in range(600):
+        of = split(labels, np.arange(20), 0.1, 0.2, seed, "c")
+        counts += [19 in of.train, 19 in of.validation, 19 in of.test]
+    np.testing.assert_allclose(counts / 600, [0.7, 0.1, 0.2], atol=0.07)  # more than three standard deviations
+
+
+def test_the_order_of_examples_within_a_class_is_random() -> None:
+    labels = np.zeros(100, dtype=np.int64)
+    chosen = np.zeros(100)
+    for seed in range(300):
+        chosen[split(labels, np.arange(100), 0.1, 0.2, seed, "c").test] += 1
+    assert 0 < chosen.min() <= chosen.max() < 120  # 60 each, a standard deviation of 7
+    steps = np.diff(split(labels, np.arange(100), 0.1, 0.2, 0, "c").test)
+    assert len(set(steps.tolist())) > 1  # not every fifth
+
+
+def test_natural_client_splits_do_not_depend_on_other_clients() -> None:
+    section = DataSection(partition="natural", by="w")
+    one = partition(make_table([20, 20], ["a"] * 40), section, 0)
+    two = partition(make_table([20, 20, 15], ["a"] * 40 + ["b"] * 15), section, 0)
+    assert everything(one["a"]) == everything(two["a"])
+
+
+def test_histogram_counts_every_class() -> None:
+    table = make_table([2, 0, 3])
+    assert histogram(table, np.array([0, 2, 3])).tolist() == [1, 0, 2]
+    assert histogram(table, Split(np.array([0, 2]), np.array([1]), np.array([4]))).tolist() == [2, 0, 2]
+
+
+# The file
+
+
+def test_json_round_trip_keeps_clients_and_their_order() -> None:
+    table = make_table([30, 30], [f"{'zé'[i % 2]}{i % 4}" for i in range(60)])
+    clients = partition(table, DataSection(partition="natural", by="w"), 0)
+    text = to_json(table, clients)
+    document = json.loads(text)
+    assert set(document) == {"fingerprint", "classes", "clients"}
+    assert document["clients"]["z0"]["test"] == clients["z0"].test.tolist()
+    found, classes, back = from_json(text, examples=60)
+    assert found == fingerprint(table)
+    assert classes == table.classes
+    assert list(back) == list(clients)
+    assert shares(back) == shares(clients)
+    assert all(part.dtype == np.int64 for of in back.values() for part in (of.train, of.validation, of.test))
+
+
+def document(**changes: object) -> str:
+    first = {"train": [0, 1], "validation": [2], "test": [3]}
+    second = {"train": [4], "validation": [5], "test": [6]}
+    clients = {"0": first, "1": second}
+    return json.dumps({"fingerprint": "0" * 64, "classes": ["x", "y"], "clients": clients} | changes)
+
+
+def one_client(**changes: object) -> dict[str, object]:
+    return {"clients": {"0": {"train": [0, 1], "validation": [2], "test": [3]} | changes}}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "Invalid JSON"),
+        ("[1, 2]", "partition.json"),
+        ("{}", "fingerprint"),
+        (document(fingerprint="short"), "fingerprint"),
+        (document(extra=1), "extra"),
+        (document(classes=["x"]), "classes"),
+        (document(classes=["x", "x"]), "a name occurs twice"),
+        (document(clients={}), "clients"),
+        (document(**one_client(test=[])), "clients: 0: test"),
+        (document(**one_client(test=[-1])), "clients: 0: test: 0"),
+        (document(**one_client(test=[2**63])), "clients: 0: test: 0"),
+        (document(**one_client(test=[3.5])), "clients: 0: test: 0"),
+        (document(**one_client(test=["3"])), "clients: 0: test: 0"),
+        (document(**one_client(test=[7])), "example 7 of 7; allowed: 0 to 6"),
+        (document(**one_client(test=[3, 3])), "example 3 is also in client '0', test"),
+        (document(**one_client(test=[1])), "example 1 is also in client '0', train"),
+        (document(clients={c: {"train": [0], "validation": [1], "test": [2]} for c in "ab"}), "also in client 'a'"),
+    ],
+)  # fmt: skip
+def test_garbage_is_not_a_partition(text: str, problem: str) -> None:
+    assert len(from_json(document(), examples=7)[2]) == 2
+    with pytest.raises(DataError) as caught:
+        from_json(text, examples=7)
+    message = str(caught.value)
+    assert problem in message
+    assert "\n" not in message
+    assert "allowed: " in message
+
+
+def test_warnings_come_through_logging_only(caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder) -> None:
+    with caplog.at_level(logging.WARNING):
+        partition(TABLE, DataSection(partition="pathological", clients=2, classes_per_client=1), 0)
+    assert len(caplog.records) == 1
+    assert not recwarn.list

@@ -1,0 +1,110 @@
+"""Reading a run directory: what is there is read, what is broken is named with file and line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from folklora.errors import RunError
+from folklora.report.reading import read_comparison, read_run
+
+WriteRun = Callable[..., dict[str, Any]]
+WriteComparison = Callable[..., list[dict[str, Any]]]
+
+
+def test_a_run_is_read_as_it_was_written(ten_clients: Path) -> None:
+    run = read_run(ten_clients)
+    assert (run.method, run.seed, run.finished) == ("celora", 0, True)
+    assert len(run.clients) == 10
+    assert len(run.classes) == 77
+    assert len(run.rounds) == 10
+    assert run.once is not None
+    assert run.once.bytes_up == 4_610_000
+    assert run.counts is not None
+    assert run.counts.sum(axis=1).tolist() == [run.examples[client].train for client in run.clients]
+    assert set(run.insights) == {"similarity/data", "similarity/model", "similarity/mixed", "weights"}
+    np.testing.assert_allclose(run.insights["weights"].sum(axis=1), 1, rtol=1e-5)
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run(tmp_path / "run", finished=False, insight=False)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    run = read_run(tmp_path / "run")
+    assert (run.rounds, run.once, run.row, run.finished) == ((), None, None, False)
+    assert (run.method, run.seed) == ("celora", 0)
+
+
+def _spoil_metrics(path: Path, line: int, text: str) -> None:
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    lines[line - 1] = text
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+SPOILT: list[tuple[Callable[[Path], object], str]] = [
+    (lambda p: (p / "recipe.toml").unlink(), "not a run directory"),
+    (lambda p: (p / "recipe.toml").write_text("seed ="), "recipe.toml: not valid TOML"),
+    (lambda p: (p / "partition.json").unlink(), "partition.json: missing"),
+    (lambda p: (p / "partition.json").write_text('{"clients": {}}'), "partition.json: clients"),
+    (lambda p: (p / "partition.json").write_bytes(b"\xff\xfe\x00"), "partition.json: cannot be read as text"),
+    (lambda p: (p / "metrics.jsonl").unlink(), "metrics.jsonl: missing"),
+    (lambda p: _spoil_metrics(p, 3, '{"round": 2, "tra'), "metrics.jsonl, line 3: Invalid JSON"),
+    (lambda p: _spoil_metrics(p, 2, '{"round": "one"}'), "metrics.jsonl, line 2: round"),
+    (lambda p: _spoil_metrics(p, 4, '{"round": 1}'), "metrics.jsonl, line 4: round 1 stands after round 2"),
+    (lambda p: (p / "summary.json").write_text("[1]"), "summary.json"),
+    (lambda p: (p / "insight.safetensors").write_bytes(b"\x00" * 20), "insight.safetensors: not a readable"),
+    (
+        lambda p: save_file({"weights": np.zeros((2, 3), np.float32)}, p / "insight.safetensors"),
+        r"insight.safetensors: weights has shape \[2, 3\]; expected \[3, 3\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILT, ids=[message[:40] for _, message in SPOILT])
+def test_what_is_broken_is_named_in_one_line(
+    tmp_path: Path, write_run: WriteRun, spoil: Callable[[Path], object], message: str
+) -> None:
+    write_run(tmp_path / "run", clients="abc", classes=3, rounds=3)
+    spoil(tmp_path / "run")
+    with pytest.raises(RunError, match=message) as caught:
+        read_run(tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_counts_must_fit_the_classes(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run(tmp_path / "run", clients="abc", classes=3)
+    document = json.loads((tmp_path / "run" / "partition.json").read_text())
+    document["counts"]["b"] = [1, 2]
+    (tmp_path / "run" / "partition.json").write_text(json.dumps(document))
+    with pytest.raises(RunError, match="counts of client 'b' has 2 of 3 classes"):
+        read_run(tmp_path / "run")
+
+
+def test_no_directory_at_all(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no such run directory"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(RunError, match="no such folder"):
+        read_comparison(tmp_path / "nowhere")
+    with pytest.raises(RunError, match="not a folder of compared runs"):
+        read_comparison(tmp_path)
+
+
+def test_an_unfinished_comparison_reads_the_runs_begun(tmp_path: Path, write_comparison: WriteComparison) -> None:
+    write_comparison(tmp_path, ["celora", "fedit"], 1, clients="abc", classes=3, rounds=2)
+    (tmp_path / "compare.json").unlink()
+    (tmp_path / "fedit-s0" / "summary.json").unlink()
+    comparison = read_comparison(tmp_path)
+    assert not comparison.finished
+    assert [row["method"] for row in comparison.rows] == ["celora"]
+    assert [run.method for run in comparison.runs] == ["celora", "fedit"]
+
+
+def test_a_comparison_does_not_leave_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text('{"rows": [{"method": "x"}], "runs": ["../elsewhere"]}')
+    with pytest.raises(RunError, match="not the name of a folder"):
+        read_comparison(tmp_path)

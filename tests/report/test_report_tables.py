@@ -1,0 +1,91 @@
+"""The comparison table: numbers against an independent computation, units, order."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from folklora.report.tables import Spread, compare_table, human_bytes, human_seconds, rich_table
+
+
+def lines_of(markdown: str) -> dict[str, dict[str, str]]:
+    """Method -> column -> cell, read back from the Markdown."""
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in markdown.splitlines() if line.startswith("|")]
+    titles = rows[0]
+    return {row[0]: dict(zip(titles, row, strict=True)) for row in rows[2:]}
+
+
+def test_table_is_mean_and_sample_deviation_over_seeds(comparison: tuple[Path, list[dict[str, Any]]]) -> None:
+    rows = comparison[1]
+    table = lines_of(compare_table(rows))
+    assert set(table) == {row["method"] for row in rows}
+    for method, cells in table.items():
+        own = [row for row in rows if row["method"] == method]
+        for column, key in (("accuracy %", "accuracy_mean"), ("worst tenth %", "accuracy_worst_tenth")):
+            values = [100 * row[key] for row in own]
+            assert cells[column] == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+        assert cells["seeds"] == "3"
+        assert cells["train s"] == "42.0 ± 1.0"
+    assert table["celora"]["up / client / round"] == "3.40 KB"
+    assert table["celora"]["once / client"] == "461 KB"
+    assert table["local"]["up / client / round"] == "0 B"
+    assert table["celora"]["global %"] == "—"
+    assert table["fedit"]["global %"] != "—"
+    assert table["fedit"]["aggregation error"].startswith("0.12")
+
+
+def test_best_method_stands_first(comparison: tuple[Path, list[dict[str, Any]]]) -> None:
+    rows = comparison[1]
+    means = {
+        m: statistics.mean(r["accuracy_mean"] for r in rows if r["method"] == m) for m in {r["method"] for r in rows}
+    }
+    assert list(lines_of(compare_table(rows))) == sorted(means, key=lambda method: -means[method])
+    assert list(lines_of(compare_table(rows[::-1]))) == list(lines_of(compare_table(rows)))
+
+
+def test_one_seed_shows_no_spread_and_says_so() -> None:
+    text = compare_table([{"method": "fedit", "seed": 0, "accuracy_mean": 0.7}])
+    assert lines_of(text)["fedit"]["accuracy %"] == "70.0"
+    assert "One seed" in text
+
+
+def test_a_missing_or_infinite_number_is_a_dash_and_sorts_last() -> None:
+    rows: list[dict[str, Any]] = [
+        {"method": "a", "accuracy_mean": float("nan")},
+        {"method": "b", "accuracy_mean": 0.1},
+        {"method": "c"},
+    ]
+    table = lines_of(compare_table(rows))
+    assert list(table) == ["b", "a", "c"]
+    assert table["a"]["accuracy %"] == "—"
+
+
+def test_markdown_survives_a_method_name_with_a_bar() -> None:
+    assert "a\\|b &lt;i>" in compare_table([{"method": "a|b <i>", "accuracy_mean": 0.5}])
+
+
+def test_rich_table_shows_the_same_cells_and_no_markup() -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(rich_table([{"method": "[red]x[/red]", "accuracy_mean": 0.5}, {"method": "y", "accuracy_mean": 0.6}]))
+    text = console.export_text()
+    assert "[red]x[/red]" in text
+    assert text.index("60.0") < text.index("50.0")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (999.7, "1.00 KB"), (3400, "3.40 KB"), (461_000, "461 KB"), (999_600, "1.00 MB")],
+)
+def test_bytes_in_powers_of_a_thousand(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_seconds_and_spread() -> None:
+    assert [human_seconds(s) for s in (0.42, 41.2, 723, 7500)] == ["0.4 s", "41 s", "12 min 03 s", "2 h 05 min"]
+    assert Spread.of([{"x": 1.0}, {"x": None}, {}], "x") == Spread(1.0, None)
+    assert Spread.of([], "x") is None

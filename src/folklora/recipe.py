@@ -25,7 +25,7 @@ from folklora.errors import RecipeError
 class Section(BaseModel):
     """A table of the recipe: strict types, no unknown keys, immutable once read."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):

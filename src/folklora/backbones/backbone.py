@@ -34,7 +34,12 @@ DEFAULT_TARGETS: dict[str, str] = {
 }
 """The query and value projections, as LoRA's authors chose; for other architectures `FALLBACK_TARGETS` is tried."""
 
-FALLBACK_TARGETS = (r".*\.(q_proj|v_proj)", r".*\.(query|value)", r".*\.(q_lin|v_lin)", r".*\.(query_key_value|c_attn|qkv)")
+FALLBACK_TARGETS = (
+    r".*\.(q_proj|v_proj)",
+    r".*\.(query|value)",
+    r".*\.(q_lin|v_lin)",
+    r".*\.(query_key_value|c_attn|qkv)",
+)
 
 PACKABLE: dict[str, int] = {"bert": 0, "distilbert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}
 """Architectures that take position ids and a mask per pair of tokens -> does position 0 sit after the padding index?"""
@@ -131,7 +136,9 @@ class Backbone:
 
         if device == "cuda" and not torch.cuda.is_available():
             raise BackboneError('model.device = "cuda": no CUDA device here; allowed: "cpu" or "auto"')
-        chosen = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+        chosen = torch.device(
+            "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+        )
         where = find(name)
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -13,7 +13,14 @@ from folklora.adapters.lowrank import Shapes, Tensors
 from folklora.backbones.backbone import Backbone
 from folklora.backbones.batch import Batch, TokenIds
 
-DEFAULT_POOLING = {"roberta": "cls", "xlm-roberta": "cls", "llama": "last", "qwen2": "last", "gpt2": "last", "mistral": "last"}
+DEFAULT_POOLING = {
+    "roberta": "cls",
+    "xlm-roberta": "cls",
+    "llama": "last",
+    "qwen2": "last",
+    "gpt2": "last",
+    "mistral": "last",
+}
 """Where `pooling = "auto"` is not the mean (MiniLM and its kin are trained with the mean)."""
 
 

@@ -45,9 +45,7 @@ class LocalEngine:
         for fitted in self.trainer.fit(jobs):
             yield Upload(fitted.client, self.members[fitted.client].finish(round, fitted), fitted.loss)
 
-    def scores(
-        self, split: SplitName, clients: Sequence[str], replies: Mapping[str, bytes | None]
-    ) -> dict[str, Score]:
+    def scores(self, split: SplitName, clients: Sequence[str], replies: Mapping[str, bytes | None]) -> dict[str, Score]:
         questions, labels = [], {}
         for client in clients:
             member = self.members[client]

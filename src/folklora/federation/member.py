@@ -12,6 +12,7 @@ from folklora.adapters.lowrank import Tensors
 from folklora.federation.codec import decode, encode
 from folklora.federation.setup import Setup
 from folklora.methods.base import Client
+from folklora.randomness import derive
 from folklora.training.cohort import Fitted, Job
 from folklora.training.prediction import Question
 
@@ -49,6 +50,7 @@ class Member:
             examples=len(self.data.split.train),
             tensors=self.method.initial(client),
             data=self.data,
+            secret=derive(setup.recipe.seed, "secret", client),
         )
 
     # -- messages ------------------------------------------------------------------------------------------------
@@ -63,11 +65,12 @@ class Member:
     def receive(self, data: bytes) -> None:
         self.method.receive(self.client, decode(data))
 
-    def finish(self, round: int, fitted: Fitted) -> bytes:
-        """Take the training's result in and say what travels."""
+    def finish(self, round: int, fitted: Fitted) -> bytes | None:
+        """Take the training's result in and say what travels, if anything does."""
         self.client.tensors = fitted.tensors
         self.moments = fitted.moments
-        return encode(self.method.send(round, self.client), self.setup.recipe.message.dtype)
+        message = self.method.send(round, self.client)
+        return None if message is None else encode(message, self.setup.recipe.message.dtype)
 
     # -- work ----------------------------------------------------------------------------------------------------
 

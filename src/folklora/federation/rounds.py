@@ -24,7 +24,7 @@ from folklora.recipe import Recipe
 
 @dataclass(frozen=True)
 class Upload:
-    """What came back from a client's training; ``data`` is None if ``failure`` says why."""
+    """What came back from a client's training: an encoded message, nothing (``data`` None), or a ``failure``."""
 
     client: str
     data: bytes | None
@@ -53,6 +53,7 @@ class Engine(Protocol):
 class Progress(Protocol):
     """Told what goes on; the command line draws it."""
 
+    def run(self, name: str) -> None: ...
     def phase(self, name: str, total: int) -> None: ...
     def advance(self) -> None: ...
     def line(self, metrics: Mapping[str, Any]) -> None: ...
@@ -61,6 +62,7 @@ class Progress(Protocol):
 class Silent:
     """No progress shown."""
 
+    def run(self, name: str) -> None: ...
     def phase(self, name: str, total: int) -> None: ...
     def advance(self) -> None: ...
     def line(self, metrics: Mapping[str, Any]) -> None: ...
@@ -87,7 +89,13 @@ class Rounds:
     """Runs a method over an engine, committing every round to the run directory; starts where the directory stands."""
 
     def __init__(
-        self, recipe: Recipe, run: RunDirectory, engine: Engine, method: Method, clients: Sequence[str], progress: Progress
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        engine: Engine,
+        method: Method,
+        clients: Sequence[str],
+        progress: Progress,
     ) -> None:
         self.recipe = recipe
         self.run = run
@@ -178,13 +186,13 @@ class Rounds:
             for client in sampled:
                 self._deliver(client, ledger, lost=client in failed)
         messages, losses = self._train(round, working, failed, ledger)
+        took_part = [client for client in working if client in losses]
         error = None
         if messages:
             with ledger.timed("aggregate"):
                 self.state = self.method.server(round, self.state, messages)
             with ledger.timed("measure"):
                 error = self._aggregation_error(messages)
-        took_part = list(messages)
         validation = None
         if took_part and (round % self.recipe.train.evaluate_every == 0 or round == self.method.rounds()):
             validation = self._validate(round, took_part, ledger)
@@ -204,16 +212,16 @@ class Rounds:
             for upload in self.engine.train(round, working):
                 self.progress.advance()
                 try:
-                    if upload.data is None:
-                        raise RunError(upload.failure or "no answer")
-                    ledger.up += len(upload.data)
-                    message = decode(upload.data)
-                    check(message, self.method.expected(round, upload.client), ("examples",))
+                    if upload.failure is not None:
+                        raise RunError(upload.failure)
+                    if upload.data is not None:
+                        ledger.up += len(upload.data)
+                        message = decode(upload.data)
+                        check(message, self.method.expected(round, upload.client), ("examples",))
+                        arrived[upload.client] = message
+                    losses[upload.client] = upload.loss
                 except FolkLoraError as error:
                     failed[upload.client] = str(error)
-                    continue
-                arrived[upload.client] = message
-                losses[upload.client] = upload.loss
         # Messages arrive as clients finish; aggregation must not depend on that order.
         return {client: arrived[client] for client in working if client in arrived}, losses
 

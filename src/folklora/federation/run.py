@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 
 from folklora.adapters.lowrank import Tensors
+from folklora.adapters.peft import save_peft
+from folklora.backbones.backbone import find as find_backbone
 from folklora.data.partition import to_json
-from folklora.errors import RecipeError, RunError
+from folklora.errors import DataError, RecipeError, RunError
 from folklora.federation.codec import encode
 from folklora.federation.local import LocalEngine
 from folklora.federation.rounds import Progress, Rounds, Silent
@@ -23,6 +26,8 @@ from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import Setup, prepare, validate
 from folklora.federation.trackers import track
 from folklora.recipe import Recipe
+from folklora.training.prediction import Question
+from folklora.training.prediction import predict as answer
 
 Summary = dict[str, Any]
 
@@ -133,6 +138,8 @@ def compare(
     rows, runs = [], []
     for text, each in plan:
         name = f"{text.replace(':', '__').replace('/', '_')}-s{each.seed}"
+        if progress is not None:
+            progress.run(name)
         summary = _run_or_resume(each, out / name, progress)
         rows.append({**summary["row"], "variant": text})
         runs.append(name)
@@ -189,3 +196,25 @@ def client_model(path: str | Path, client: str, *, tuned: bool = False) -> Clien
     return ClientModel(setup, client, member.client.rank, member.client.tensors)
 
 
+def export(path: str | Path, client: str, to: str | Path, *, tuned: bool = False) -> Path:
+    """One client's adapter as a stock PEFT LoRA folder; see `folklora.adapters.peft.save_peft`."""
+    model = client_model(path, client, tuned=tuned)
+    setup = model.setup
+    base = find_backbone(setup.recipe.model.name)
+    return save_peft(to, model.tensors, setup.method.adapter, model.rank, base, setup.data.table.classes)
+
+
+def predict(path: str | Path, client: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Label and probability of each text by one client's own model."""
+    if empty := [i for i, text in enumerate(texts) if not text.strip()]:
+        raise DataError(f"text {empty[0] + 1} is empty")
+    model = client_model(path, client)
+    task, classes = model.setup.task, model.setup.data.table.classes
+    question = Question(client, model.rank, model.tensors, task.encode(texts))
+    logits = answer(task, model.setup.method.adapter, [question])[client]
+    probabilities = torch.softmax(torch.from_numpy(logits), dim=1)
+    best, where = probabilities.max(dim=1)
+    return [
+        {"text": text, "label": classes[int(i)], "probability": float(p)}
+        for text, p, i in zip(texts, best, where, strict=True)
+    ]

@@ -81,7 +81,11 @@ def prepare(recipe: Recipe) -> Setup:
 def context(recipe: Recipe, task: Classification, ranks: Mapping[str, int]) -> Context:
     """What a method may know on either side."""
     backbone = task.backbone
-    norms = {f"norm/{n}.{part}": t for n, pair in backbone.norms.items() for part, t in zip(("weight", "bias"), pair, strict=True)}
+    norms = {
+        f"norm/{n}.{part}": t
+        for n, pair in backbone.norms.items()
+        for part, t in zip(("weight", "bias"), pair, strict=True)
+    }
     return Context(
         seed=recipe.seed,
         ranks=ranks,

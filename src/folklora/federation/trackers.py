@@ -23,6 +23,9 @@ class _Told:
         self.progress = progress
         self.trackers = trackers
 
+    def run(self, name: str) -> None:
+        self.progress.run(name)
+
     def phase(self, name: str, total: int) -> None:
         self.progress.phase(name, total)
 

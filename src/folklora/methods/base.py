@@ -58,13 +58,18 @@ class ClientData(Protocol):
 
 @dataclass
 class Client:
-    """What one client owns. ``tensors`` is its model; ``notes`` is whatever else a method keeps at home."""
+    """What one client owns. ``tensors`` is its model; ``notes`` is whatever else a method keeps at home.
+
+    ``secret`` seeds noise that protects the client. The local engine derives it from the recipe's seed, so that simulations
+    repeat: whoever knows the seed can subtract that noise. A member of a real federation draws it from its own system.
+    """
 
     id: str
     rank: int
     examples: int
     tensors: Tensors
     data: ClientData
+    secret: int
     notes: Tensors = field(default_factory=dict)
 
 
@@ -112,7 +117,9 @@ class Options(BaseModel):
     @model_validator(mode="after")
     def _start_fits(self) -> Options:
         if self.head == "shared" and self.head_start == "auto":
-            raise ValueError('head_start = "auto" needs a head that stays home; allowed: head = "private" or "sketched"')
+            raise ValueError(
+                'head_start = "auto" needs a head that stays home; allowed: head = "private" or "sketched"'
+            )
         if self.head == "sketched" and self.head_start == "zero":
             raise ValueError('head = "sketched" with head_start = "zero" is head = "private"')
         return self
@@ -240,7 +247,10 @@ class Method:
         kinds = self.shared(round)
         return {name: shape for name, shape in shapes.items() if name.partition("/")[0] in kinds}
 
-    def send(self, round: int, client: Client) -> Message:
+    def send(self, round: int, client: Client) -> Message | None:
+        """What a client says after training, or nothing (then no byte travels)."""
+        if not self.shared(round):
+            return None
         return Message(select(client.tensors, self.shared(round)), {"examples": client.examples})
 
     def server(self, round: int, state: State, messages: Mapping[str, Message]) -> State:

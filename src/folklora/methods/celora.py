@@ -44,7 +44,9 @@ class CELoRAOptions(Options):
     basis: Literal["private", "frozen", "aligned"] = "private"
     lambda_: float = Field(0.5, ge=0, le=1, alias="lambda", description="weight of data similarity in `both`")
     temperature: float = Field(0.5, gt=0)
-    components: int = Field(3, ge=0, le=64, description="of each class's mixture; 0: one, read off the class statistics")
+    components: int = Field(
+        3, ge=0, le=64, description="of each class's mixture; 0: one, read off the class statistics"
+    )
     projection: int = Field(0, ge=0, description="dimensions of a common random projection before the mixture; 0: none")
     init_std: float = Field(1e-3, gt=0, description="of A [code]")
     dp_epsilon: float | None = Field(None, gt=0, description="differentially private sketch: epsilon")
@@ -127,7 +129,7 @@ class CELoRA(Method):
         if self.options.dp_epsilon is None:
             return super().statistics(client)
         features, labels = client.data.features("train")
-        noise = torch_generator(self.context.seed, "release", client.id)
+        noise = torch_generator(client.secret, "release", client.id)
         return release_statistics(
             features,
             labels,
@@ -166,7 +168,7 @@ class CELoRA(Method):
         prefix = "mixture/"
         own = {name.removeprefix(prefix): t for name, t in message.tensors.items() if name.startswith(prefix)}
         width = self.options.projection or self.context.width
-        return ClassMixtures.from_tensors(own, self.context.classes, width)
+        return ClassMixtures.from_tensors(own, self.context.classes, width, self.options.components)
 
     # -- the round -----------------------------------------------------------------------------------------------
 
@@ -184,7 +186,9 @@ class CELoRA(Method):
             # One core for all: whoever did not take part gets it too.
             for site, core in zip(self.context.sites, mixed[0], strict=True):
                 state[f"common/C/{site.name}"] = core.float()
-        others = {n: [m.tensors[n] for m in messages.values()] for n in messages[ids[0]].tensors if not n.startswith("C/")}
+        others = {
+            n: [m.tensors[n] for m in messages.values()] for n in messages[ids[0]].tensors if not n.startswith("C/")
+        }
         for name, tensors in others.items():  # a shared head, or shared norms
             state[f"global/{name}"] = torch.einsum(
                 "k,k...->...", self.weights(messages), torch.stack(tensors).double()
@@ -272,4 +276,3 @@ def procrustes(cores: Tensor, reference: Tensor) -> Tensor:
     u, _, v = torch.linalg.svd(reference @ cores.transpose(-1, -2))
     rotated: Tensor = (u @ v) @ cores
     return rotated
-

@@ -8,7 +8,8 @@ The result is what training each client alone gives, whatever K is; K = 1 is the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,9 @@ from folklora.randomness import numpy_generator, torch_generator
 from folklora.recipe import TrainSection
 from folklora.training.optimizer import build, clip_rows, schedule
 from folklora.training.stacks import from_stack, plug, stack, to_stack
+
+# A leaf is a column range of the cohort's one matrix, so its rows are not adjacent in memory; torch mentions that once.
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
 
 
 @dataclass(frozen=True)
@@ -273,8 +277,3 @@ class _Dropout:
         mask = torch.zeros(self.rows, width)
         mask[self.order] = keep.float() / (1 - self.threshold / 65536)
         return mask.to(self.device)
-
-
-def total_examples(jobs: Iterable[Job]) -> int:
-    """Examples in all jobs together: what progress is measured in."""
-    return sum(len(job.examples) for job in jobs)

@@ -1,0 +1,75 @@
+"""A recipe looked at without training: who holds what, how large the adapters are, what will travel, what it will take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from folklora.adapters.lowrank import kind
+from folklora.data.partition import histogram
+from folklora.federation.setup import prepare
+from folklora.federation.traffic import per_round
+from folklora.recipe import Recipe
+from folklora.training.cohort import CohortTrainer, Job
+
+
+def inspect(recipe: Recipe) -> dict[str, Any]:
+    """Clients with their label histograms, the model, adapter sizes, predicted bytes and memory; nothing is trained.
+
+    Memory is what the process needs beyond Python and its libraries: the backbone in each precision, all clients' own
+    tensors, and for the clients in training their gradients, two moments and a margin for activations of one step.
+    """
+    setup = prepare(recipe)
+    backbone, method, splits = setup.task.backbone, setup.method, setup.data.splits
+    clients = {
+        client: {
+            "examples": {part: len(getattr(split, part)) for part in ("train", "validation", "test")},
+            "labels": {
+                setup.data.table.classes[c]: int(n) for c, n in enumerate(histogram(setup.data.table, split)) if n
+            },
+            "rank": setup.ranks[client],
+        }
+        for client, split in splits.items()
+    }
+    first = next(iter(splits))
+    largest = max(splits, key=lambda client: setup.ranks[client])
+    owned = method.initial(largest)
+    numbers: dict[str, int] = {}
+    for name, tensor in owned.items():
+        numbers[kind(name)] = numbers.get(kind(name), 0) + tensor.numel()
+    jobs = [_job(setup.encoded, client, split.train) for client, split in splits.items()]
+    slots = CohortTrainer(setup.task, method.adapter, recipe.train, recipe.seed).slots_for(jobs)
+    client_bytes = 4 * sum(numbers.values())
+    copies = 4 + (2 if backbone.dtype.itemsize == 2 else 0)
+    tokens = recipe.train.tokens if recipe.train.cohort == "auto" else slots * recipe.train.batch_size * 32
+    return {
+        "model": {
+            "name": recipe.model.name,
+            "architecture": backbone.model_type,
+            "parameters": backbone.parameters,
+            "width": backbone.width,
+            "compute": str(backbone.dtype).removeprefix("torch."),
+            "adapted_layers": [site.name for site in method.adapter.sites],
+        },
+        "adapter": {"numbers": numbers, "bytes": client_bytes},
+        "method": {
+            "name": method.name,
+            "rounds": method.rounds(),
+            "bytes_up_per_client_round": per_round(method, first, recipe.message.dtype).up,
+            "bytes_down_per_client_round": per_round(method, first, recipe.message.dtype).down,
+        },
+        "memory": {
+            "backbone": backbone.parameters * copies,
+            "clients": client_bytes * len(splits),
+            "training": slots * client_bytes * 4 + tokens * backbone.width * 4 * 40,
+            "clients_side_by_side": slots,
+        },
+        "classes": len(setup.data.table.classes),
+        "test_examples": len(setup.test_encoded),
+        "clients": clients,
+    }
+
+
+def _job(encoded: list[Any], client: str, indices: Any) -> Job:
+    import numpy as np
+
+    return Job(client, 1, 1, {}, frozenset(), [encoded[i] for i in indices], np.zeros(len(indices), dtype=np.int64))

@@ -1,0 +1,130 @@
+"""Small real models and data, made here: random weights, a word-level tokenizer, sentences whose words tell their class."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+WORDS = 60
+CLASSES = ("amber", "blue", "cyan", "dun")
+
+
+def save_tokenizer(folder: Path) -> int:
+    """A word-level tokenizer with [CLS] and [SEP]; returns the vocabulary size."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(WORDS))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    fast.save_pretrained(folder)
+    return len(vocabulary)
+
+
+def tiny_config(architecture: str, vocabulary: int) -> Any:
+    """A configuration of width 32 with two layers."""
+    from transformers import BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, RobertaConfig
+
+    encoder: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    match architecture:
+        case "bert":
+            return BertConfig(**encoder)
+        case "roberta":
+            return RobertaConfig(**encoder, bos_token_id=2, eos_token_id=3, type_vocab_size=1)
+        case "distilbert":
+            return DistilBertConfig(
+                vocab_size=vocabulary, dim=32, n_layers=2, n_heads=4, hidden_dim=48, max_position_embeddings=64
+            )
+        case "llama":
+            return LlamaConfig(**encoder, bos_token_id=2, eos_token_id=3)
+        case "gpt2":
+            return GPT2Config(
+                vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=2, eos_token_id=3
+            )
+    raise ValueError(architecture)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``tiny_model("bert")`` -> the folder of a small random-weight Hugging Face model with a tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            from transformers import AutoModel
+
+            folder = tmp_path_factory.mktemp(architecture)
+            vocabulary = save_tokenizer(folder)
+            torch.manual_seed(0)
+            AutoModel.from_config(tiny_config(architecture, vocabulary)).save_pretrained(folder)
+            made[architecture] = folder
+        return made[architecture]
+
+    return make
+
+
+def sentences(count: int, seed: int, classes: int = len(CLASSES)) -> tuple[list[str], list[str]]:
+    """Texts of 2 to 12 words and their labels: each class prefers words of its own."""
+    rng = np.random.default_rng(seed)
+    texts, labels = [], []
+    share = WORDS // classes
+    for _ in range(count):
+        label = int(rng.integers(classes))
+        length = int(rng.integers(2, 13))
+        own = rng.random(length) < 0.6
+        words = np.where(own, label * share + rng.integers(share, size=length), rng.integers(WORDS, size=length))
+        texts.append(" ".join(f"w{word}" for word in words))
+        labels.append(CLASSES[label])
+    return texts, labels
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.csv (240 rows: text, label, site) and test.csv (60 rows)."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, count, seed in (("train", 240, 1), ("test", 60, 2)):
+        texts, labels = sentences(count, seed)
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label", "site"])
+            writer.writerows([text, label, f"site-{i % 4}"] for i, (text, label) in enumerate(zip(texts, labels, strict=True)))
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model: Callable[[str], Path], tiny_data: Path) -> Callable[..., Any]:
+    """``tiny_recipe("method.name=fedit", ...)`` -> a Recipe of four clients that runs in about a second a round."""
+
+    def make(*overrides: str) -> Any:
+        from folklora.recipe import Recipe
+
+        document = {
+            "model": {"name": str(tiny_model("bert")), "dtype": "float32"},
+            "data": {"source": str(tiny_data), "clients": 4, "partition": "dirichlet", "alpha": 1.0},
+            "adapter": {"rank": 4},
+            "train": {"rounds": 2, "batch_size": 8, "lr": 5e-3},
+        }
+        return Recipe.parse(document, overrides)
+
+    return make

@@ -1,4 +1,4 @@
-"""Small real models and data, made here: random weights, a word-level tokenizer, sentences whose words tell their class."""
+"""Small real models and data, made here: random weights, a word-level tokenizer, sentences whose words tell all."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with (folder / f"{name}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["text", "label", "site"])
-            writer.writerows([text, label, f"site-{i % 4}"] for i, (text, label) in enumerate(zip(texts, labels, strict=True)))
+            pairs = enumerate(zip(texts, labels, strict=True))
+            writer.writerows([text, label, f"site-{i % 4}"] for i, (text, label) in pairs)
     return folder
 
 

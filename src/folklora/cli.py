@@ -202,7 +202,8 @@ def inspect(recipe: RecipeFile, set_: Set = None, as_json: Json = False) -> None
     out.print(f"one client's adapter: {numbers} numbers, {found['adapter']['bytes'] / 1e3:,.1f} kB")
     out.print(
         f"[bold]{method['name']}[/bold]: {method['rounds']} rounds, per client and round "
-        f"{method['bytes_up_per_client_round'] / 1e3:,.1f} kB up, {method['bytes_down_per_client_round'] / 1e3:,.1f} kB down"
+        f"{method['bytes_up_per_client_round'] / 1e3:,.1f} kB up, "
+        f"{method['bytes_down_per_client_round'] / 1e3:,.1f} kB down"
     )
     out.print(
         f"memory: backbone {memory['backbone'] / 1e6:,.0f} MB, all clients {memory['clients'] / 1e6:,.1f} MB, "

@@ -1,8 +1,8 @@
 """The experiment as data: one TOML file describes a run completely.
 
-``Recipe.read`` parses, overrides and validates; whatever is wrong becomes one `RecipeError` line that names the key, the
-value and what is allowed, before any data or model is touched. ``Recipe.to_toml`` writes the resolved recipe, defaults
-included, into the run directory; reading that file gives the same recipe back.
+``Recipe.read`` parses, overrides and validates; whatever is wrong becomes one `RecipeError` line that names the key,
+the value and what is allowed, before any data or model is touched. ``Recipe.to_toml`` writes the resolved recipe,
+defaults included, into the run directory; reading that file gives the same recipe back.
 
 The options of a method live beside its name under ``[method]`` and are checked by the method itself
 (`folklora.methods.check_options`), because a recipe cannot know every method.

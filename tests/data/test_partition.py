@@ -295,8 +295,10 @@ def test_json_round_trip_keeps_clients_and_their_order() -> None:
     clients = partition(table, DataSection(partition="natural", by="w"), 0)
     text = to_json(table, clients)
     document = json.loads(text)
-    assert set(document) == {"fingerprint", "classes", "clients"}
+    assert set(document) == {"fingerprint", "classes", "clients", "counts"}
     assert document["clients"]["z0"]["test"] == clients["z0"].test.tolist()
+    for client, of in clients.items():
+        assert document["counts"][client] == [int((table.labels[of.train] == label).sum()) for label in (0, 1)]
     found, classes, back = from_json(text, examples=60)
     assert found == fingerprint(table)
     assert classes == table.classes
@@ -309,11 +311,12 @@ def document(**changes: object) -> str:
     first = {"train": [0, 1], "validation": [2], "test": [3]}
     second = {"train": [4], "validation": [5], "test": [6]}
     clients = {"0": first, "1": second}
-    return json.dumps({"fingerprint": "0" * 64, "classes": ["x", "y"], "clients": clients} | changes)
+    counts = {"0": [1, 1], "1": [0, 1]}
+    return json.dumps({"fingerprint": "0" * 64, "classes": ["x", "y"], "clients": clients, "counts": counts} | changes)
 
 
 def one_client(**changes: object) -> dict[str, object]:
-    return {"clients": {"0": {"train": [0, 1], "validation": [2], "test": [3]} | changes}}
+    return {"clients": {"0": {"train": [0, 1], "validation": [2], "test": [3]} | changes}, "counts": {"0": [2, 0]}}
 
 
 @pytest.mark.parametrize(
@@ -336,6 +339,11 @@ def one_client(**changes: object) -> dict[str, object]:
         (document(**one_client(test=[3, 3])), "example 3 is also in client '0', test"),
         (document(**one_client(test=[1])), "example 1 is also in client '0', train"),
         (document(clients={c: {"train": [0], "validation": [1], "test": [2]} for c in "ab"}), "also in client 'a'"),
+        (document(counts=None), "counts"),
+        (document(counts={"0": [1, 1]}), "counts: not the clients"),
+        (document(counts={"0": [2, 0], "1": [1]}), "counts: client '1' has 1 numbers; allowed: 2, one a class"),
+        (document(counts={"0": [3, -1], "1": [1, 0]}), "counts: 0: 1"),
+        (document(counts={"0": [2, 1], "1": [1, 0]}), "counts: client '0' has 3 examples; allowed: 2"),
     ],
 )  # fmt: skip
 def test_garbage_is_not_a_partition(text: str, problem: str) -> None:

@@ -2,8 +2,8 @@
 
 K clients share a forward pass: their rows lie one behind the other in ``x [T, d]``, client k owning
 ``x[offsets[k]:offsets[k + 1]]``, and each client multiplies its rows with a matrix of its own. The three products below
-are closed under differentiation (each one's gradients are the other two), so a backward pass, and a backward pass through
-a backward pass, cost no other kernel.
+are closed under differentiation (each one's gradients are the other two), so a backward pass, and a backward pass
+through a backward pass, cost no other kernel.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Backbone layers that add the adapters of many clients at once.
 
-Each layer wraps the frozen one and looks into a `Bank`, which says what is plugged in for the current batch: the stacked
-factors of K clients and which rows belong to whom. An empty bank leaves the backbone exactly as it was.
+Each layer wraps the frozen one and looks into a `Bank`, which says what is plugged in for the current batch: the
+stacked factors of K clients and which rows belong to whom. An empty bank leaves the backbone exactly as it was.
 """
 
 from __future__ import annotations

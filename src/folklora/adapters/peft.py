@@ -35,9 +35,10 @@ def save_peft(
 ) -> Path:
     """Write ``adapter_config.json``, ``adapter_model.safetensors`` and the head beside them.
 
-    The head is no PEFT matter: it is saved as ``head.safetensors`` (``weight`` [classes, d], ``bias`` [classes]) with the
-    class names in ``classes.json``, and LayerNorms, where they were trained, as ``norms.safetensors`` under the names of
-    the backbone's state dictionary.
+    The head is no PEFT matter: it is saved as ``head.safetensors`` (``weight`` [classes, d], ``bias`` [classes]) with
+    the
+    class names in ``classes.json``, and LayerNorms, where they were trained, as ``norms.safetensors`` under the names
+    of the backbone's state dictionary.
 
     Raises
     ------
@@ -74,7 +75,7 @@ def _config(adapter: LowRank, rank: int, base_model: str) -> dict[str, Any]:
     config = LoraConfig(
         task_type=TaskType.FEATURE_EXTRACTION,
         r=rank,
-        lora_alpha=adapter.alpha,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT says int, computes with any number
         lora_dropout=adapter.dropout,
         target_modules=[site.name for site in adapter.sites],
         bias="none",

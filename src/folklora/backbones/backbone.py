@@ -1,7 +1,8 @@
 """A frozen Hugging Face model with sockets for the adapters of many clients.
 
-Everything that knows of Hugging Face is here and in the tasks beside this file: where weights come from, which layers are
-worth adapting in which architecture, how a batch becomes the model's arguments. Weights are read from safetensors only.
+Everything that knows of Hugging Face is here and in the tasks beside this file: where weights come from, which layers
+are worth adapting in which architecture, how a batch becomes the model's arguments. Weights are read from safetensors
+only.
 """
 
 from __future__ import annotations
@@ -148,8 +149,8 @@ class Backbone:
         except (OSError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise BackboneError(
-                f'model.name = "{name}": {first} (allowed: "minilm", a folder with config.json, model.safetensors and a '
-                "tokenizer, or a hub id that can be reached)"
+                f'model.name = "{name}": {first} (allowed: "minilm", a folder with config.json, '
+                "model.safetensors and a tokenizer, or a hub id that can be reached)"
             ) from None
         return cls(
             model,

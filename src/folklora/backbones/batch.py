@@ -1,8 +1,8 @@
 """Token sequences of many clients laid out as rows of one batch.
 
-Both layouts are one data structure, so nothing downstream knows which is in use. *Packed*: several short sequences share a
-row, each with its own positions and attending only to itself, and almost no token is padding. *Padded*: one sequence a row.
-A row never mixes clients, and rows are ordered by client, so a client's tokens are consecutive.
+Both layouts are one data structure, so nothing downstream knows which is in use. *Packed*: several short sequences
+share a row, each with its own positions and attending only to itself, and almost no token is padding. *Padded*: one
+sequence a row. A row never mixes clients, and rows are ordered by client, so a client's tokens are consecutive.
 """
 
 from __future__ import annotations

@@ -258,15 +258,17 @@ class _Document(BaseModel):
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     classes: Annotated[list[str], Field(min_length=2)]
     clients: Annotated[dict[str, _Parts], Field(min_length=1)]
+    counts: dict[str, list[Annotated[int, Field(ge=0)]]]
 
 
 def to_json(table: Table, clients: Mapping[str, Split]) -> str:
-    """``partition.json``: the fingerprint of the table, its classes, and every client's split."""
+    """``partition.json``: the fingerprint of the table, its classes, every client's split and its training labels."""
     splits = {
         client: {part: getattr(of, part).tolist() for part in ("train", "validation", "test")}
         for client, of in clients.items()
     }
-    document = {"fingerprint": fingerprint(table), "classes": table.classes, "clients": splits}
+    counts = {client: histogram(table, of.train).tolist() for client, of in clients.items()}
+    document = {"fingerprint": fingerprint(table), "classes": table.classes, "clients": splits, "counts": counts}
     return json.dumps(document, ensure_ascii=False) + "\n"
 
 
@@ -281,7 +283,7 @@ def from_json(text: str, examples: int | None = None) -> tuple[str, tuple[str, .
     Raises
     ------
     DataError
-        The text is not a partition, or an example is out of range or in two places.
+        The text is not a partition, an example is out of range or in two places, or counts contradict the splits.
     """
     try:
         document = _Document.model_validate_json(text)
@@ -309,4 +311,22 @@ def from_json(text: str, examples: int | None = None) -> tuple[str, tuple[str, .
                 seen[index] = f"client {client!r}, {name}"
         arrays = {name: np.array(indices, dtype=np.int64) for name, indices in parts}
         clients[client] = Split(**arrays)
+    _check_counts(document)
     return document.fingerprint, tuple(document.classes), clients
+
+
+def _check_counts(document: _Document) -> None:
+    """Counts are there for reports, which do not have the table: they must fit the splits and the classes."""
+    if list(document.counts) != list(document.clients):
+        raise DataError("partition.json: counts: not those of `clients`; allowed: the same ones in the same order")
+    for client, counts in document.counts.items():
+        if len(counts) != len(document.classes):
+            raise DataError(
+                f"partition.json: counts: client {client!r} has {len(counts)} numbers; allowed: "
+                f"{len(document.classes)}, one a class"
+            )
+        if sum(counts) != len(document.clients[client].train):
+            raise DataError(
+                f"partition.json: counts: client {client!r} has {sum(counts)} examples; allowed: "
+                f"{len(document.clients[client].train)}, as many as in its train"
+            )

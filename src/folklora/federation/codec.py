@@ -7,8 +7,8 @@ Layout, little-endian::
     each tensor:  name | dtype: u8 | dimensions: u8 | each: u32 | the raw values, row-major
     name:         length: u8 | UTF-8
 
-``int8`` tensors are sent in blocks of 64 values with one float32 scale each (largest magnitude / 127), all scales first.
-What the byte counters of a run report is the length of these bytes.
+``int8`` tensors are sent in blocks of 64 values with one float32 scale each (largest magnitude / 127), all scales
+first. What the byte counters of a run report is the length of these bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _MAX_DIMENSIONS = 4
 
 
 def encode(message: Message, dtype: str = "float32") -> bytes:
-    """A message as bytes; floating tensors are sent as ``dtype`` (float32, float16, bfloat16, int8), integers as they are.
+    """A message as bytes; floating tensors are sent as ``dtype`` (float32, float16, bfloat16, int8), integers as they
+    are.
 
     Raises
     ------
@@ -62,8 +63,8 @@ def decode(data: bytes, limit: int = LIMIT) -> Message:
     Raises
     ------
     MessageError
-        Naming what is wrong: too large, truncated, trailing bytes, bad checksum, unknown dtype, NaN or Inf, a repeated or
-        unreadable name. Nothing larger than the bytes that really arrived is ever allocated (int8 grows fourfold).
+        Naming what is wrong: too large, truncated, trailing bytes, bad checksum, unknown dtype, NaN or Inf, a repeated
+        or unreadable name. Nothing larger than the bytes that really arrived is ever allocated (int8 grows fourfold).
     """
     if len(data) > limit:
         raise MessageError(f"message of {len(data)} bytes; allowed: at most {limit}")

@@ -1,4 +1,4 @@
-"""A recipe looked at without training: who holds what, how large the adapters are, what will travel, what it will take."""
+"""A recipe looked at without training: who holds what, how large adapters are, what will travel, what it will take."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,10 +71,10 @@ class Silent:
 
 @dataclass
 class Ledger:
-    """What one round cost: bytes in each direction and seconds in each phase."""
+    """What one round cost: bytes of each client in each direction, and seconds in each phase."""
 
-    up: int = 0
-    down: int = 0
+    up: Counter[str] = field(default_factory=Counter)
+    down: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -144,7 +145,7 @@ class Rounds:
         with ledger.timed("sketch"):
             for client, data in self.engine.sketches():
                 if data is not None:
-                    ledger.up += len(data)
+                    ledger.up[client] += len(data)
                     try:
                         sketches[client] = decode(data)
                     except FolkLoraError as error:
@@ -157,7 +158,7 @@ class Rounds:
                 message = self.method.welcome(self.state, client)
                 if message is not None:
                     data = encode(message, self.recipe.message.dtype)
-                    ledger.down += len(data)
+                    ledger.down[client] += len(data)
                     self.engine.settle(client, data)
         # A welcome already holds what the state holds, so nothing newer waits for anybody.
         self.delivered = dict.fromkeys(self.clients, 0)
@@ -215,7 +216,7 @@ class Rounds:
                     if upload.failure is not None:
                         raise RunError(upload.failure)
                     if upload.data is not None:
-                        ledger.up += len(upload.data)
+                        ledger.up[upload.client] += len(upload.data)
                         message = decode(upload.data)
                         check(message, self.method.expected(round, upload.client), ("examples",))
                         arrived[upload.client] = message
@@ -234,7 +235,7 @@ class Rounds:
         version = self._version()
         reply = self._reply(client) if version else None
         if reply is not None and self.delivered.get(client) != version:
-            ledger.down += len(reply)
+            ledger.down[client] += len(reply)
         if reply is not None and not lost:
             self.engine.receive(client, reply)
         if not lost:
@@ -246,7 +247,7 @@ class Rounds:
     def _validate(self, round: int, clients: list[str], ledger: Ledger) -> dict[str, Any]:
         replies = {client: self._reply(client) for client in clients}
         for client, reply in replies.items():
-            ledger.down += len(reply or b"")
+            ledger.down[client] += len(reply or b"")
             self.delivered[client] = round
         with ledger.timed("evaluate"):
             return summarise(self.engine.scores("validation", clients, replies))
@@ -274,11 +275,17 @@ class Rounds:
             "failed": dict(failed),
             "train_loss": loss,
             "validation": validation,
-            "bytes_up": ledger.up,
-            "bytes_down": ledger.down,
+            "bytes_up": ledger.up.total(),
+            "bytes_down": ledger.down.total(),
+            "bytes_up_clients": self._by_client(ledger.up),
+            "bytes_down_clients": self._by_client(ledger.down),
             "aggregation_error": error,
             "seconds": {phase: round_to(seconds, 4) for phase, seconds in ledger.seconds.items()},
         }
+
+    def _by_client(self, counts: Mapping[str, int]) -> dict[str, int]:
+        # In the clients' order, not that of arrival, so that a line is the same in every engine.
+        return {client: counts[client] for client in self.clients if counts.get(client)}
 
     def commit(
         self, round: int, changed: Sequence[str], line: dict[str, Any], validation: Mapping[str, Any] | None = None
@@ -307,6 +314,7 @@ class Rounds:
 
     def finish(self) -> dict[str, Any]:
         """The final delivery, the one reading of the test data, and the summary."""
+        stopped_early = self._version() < self.method.rounds()
         if self.recipe.train.patience is not None and (best := self.run.checkpoint(best=True)) is not None:
             self.load(best)
         ledger = Ledger()
@@ -319,7 +327,7 @@ class Rounds:
             for client in self.clients:
                 replies[client] = self._reply(client) if self._version() else None
                 if replies[client] is not None and self.delivered.get(client) != self._version():
-                    ledger.down += len(replies[client] or b"")
+                    ledger.down[client] += len(replies[client] or b"")
             changed = [client for client in self.clients if replies[client] is not None]
             received = {**tuned, **self.engine.scores("test", changed, replies)}
             received_validation = {**tuned_validation, **self.engine.scores("validation", changed, replies)}
@@ -331,7 +339,8 @@ class Rounds:
             }
             common = self._global_score()
             self.progress.advance()
-        return self._summary(received, tuned, chosen, received_validation, common, ledger)
+        summary = self._summary(received, tuned, chosen, received_validation, common, ledger)
+        return {**summary, "stopped_early": stopped_early}
 
     def _global_score(self) -> Score | None:
         anyone = next(iter(self.engine.records(self.clients[:1]).values()))
@@ -366,7 +375,7 @@ class Rounds:
             "accuracy_global": common.accuracy if common else None,
             "validation_mean": summarise(validation)["mean"],
             "bytes_up_per_client_round": sum(m["bytes_up"] for m in rounds) / turns,
-            "bytes_down_per_client_round": (sum(m["bytes_down"] for m in rounds) + ledger.down) / turns,
+            "bytes_down_per_client_round": (sum(m["bytes_down"] for m in rounds) + ledger.down.total()) / turns,
             "bytes_once_per_client": (once["bytes_up"] + once["bytes_down"]) / len(self.clients),
             "rounds": self.checkpoint.round if self.checkpoint else 0,
             "seconds_train": sum(m["seconds"].get("train", 0.0) for m in rounds),

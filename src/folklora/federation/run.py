@@ -6,6 +6,7 @@ Each is a plain function; the command line only parses arguments and draws progr
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import transformers
 
+import folklora
 from folklora.adapters.lowrank import Tensors
 from folklora.adapters.peft import save_peft
 from folklora.backbones.backbone import find as find_backbone
@@ -78,11 +81,26 @@ def _play(directory: RunDirectory, setup: Setup, progress: Progress) -> Summary:
             summary["clients"][client]["examples"] = {
                 part: len(getattr(split, part)) for part in ("train", "validation", "test")
             }
+        summary["environment"] = environment(setup)
         insight = setup.method.insight(rounds.state)
         if insight:
             directory.write("insight.safetensors", safetensors.torch.save(insight))
         directory.write("summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
     return summary
+
+
+def environment(setup: Setup) -> dict[str, Any]:
+    """What a run was computed with, for whoever compares numbers; nothing that tells whose machine it was."""
+    backbone = setup.task.backbone
+    return {
+        "folklora": folklora.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": backbone.device.type,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def read_summary(directory: RunDirectory) -> Summary:
@@ -99,8 +117,9 @@ def read_summary(directory: RunDirectory) -> Summary:
 def variant(recipe: Recipe, text: str, seed: int) -> Recipe:
     """The recipe for one entry of ``--methods`` and one seed.
 
-    An entry is a method's name, with settings of its own behind colons: ``celora:basis=frozen:train.lr=5e-3``. Keys with
-    a dot are recipe keys, the others the method's options. The recipe's own ``[method]`` options go to the method it names.
+    An entry is a method's name, with settings of its own behind colons: ``celora:basis=frozen:train.lr=5e-3``. Keys
+    with a dot are recipe keys, the others the method's options. The recipe's own ``[method]`` options go to the method
+    it names.
     """
     name, *settings = text.split(":")
     document = recipe.model_dump(exclude_none=True, exclude={"method"})

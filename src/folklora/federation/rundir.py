@@ -1,9 +1,9 @@
 """The run directory: the only state of a run, written so that a kill at any moment loses at most the round in flight.
 
 A round is committed by renaming one small file, ``checkpoint.json``, which names every file that belongs to it with its
-SHA-256. Files are never overwritten: a client that trained in round t gets ``clients/<id>/<t>.safetensors``; what no kept
-checkpoint names is swept away afterwards. The checkpoint before is kept too, so a file that rots on disk costs one round.
-The layout is described in ``docs/architecture.md``.
+SHA-256. Files are never overwritten: a client that trained in round t gets ``clients/<id>/<t>.safetensors``; what no
+kept checkpoint names is swept away afterwards. The checkpoint before is kept too, so a file that rots on disk costs
+one round. The layout is described in ``docs/architecture.md``.
 """
 
 from __future__ import annotations

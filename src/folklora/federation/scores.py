@@ -27,7 +27,7 @@ class Score:
 
 
 def summarise(scores: Mapping[str, Score]) -> dict[str, Any]:
-    """Mean and standard deviation over clients, mean of the worst tenth (at least one client), example-weighted mean."""
+    """Mean and standard deviation over clients, mean of the worst tenth (one at least), example-weighted mean."""
     accuracies = np.array([score.accuracy for score in scores.values()])
     worst = np.sort(accuracies)[: max(1, len(accuracies) // 10)]
     return {

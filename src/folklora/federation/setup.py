@@ -19,7 +19,8 @@ from folklora.backbones.classification import Classification
 from folklora.data.partition import Split, partition
 from folklora.data.sources import Table, load
 from folklora.errors import RecipeError
-from folklora.methods import Context, Method, build, check_options
+from folklora.methods import build, check_options
+from folklora.methods.base import Context, Method
 from folklora.recipe import AdapterSection, DataSection, ModelSection, Recipe
 from folklora.training.prediction import features
 
@@ -108,7 +109,7 @@ def client_ranks(recipe: Recipe, clients: list[str]) -> dict[str, int]:
         return dict.fromkeys(clients, rank)
     if len(rank) != len(clients):
         raise RecipeError(
-            f"adapter.rank lists {len(rank)} ranks for {len(clients)} clients; allowed: one number, or one rank a client"
+            f"adapter.rank lists {len(rank)} ranks for {len(clients)} clients; allowed: one number, or one a client"
         )
     return dict(zip(clients, rank, strict=True))
 
@@ -130,7 +131,7 @@ def _task(model: ModelSection, adapter: AdapterSection, data: DataSection, seed:
     return Classification(backbone, classes, pooling=model.pooling, max_length=model.max_length)
 
 
-# A rank list is not hashable; what the caches below depend on is the model, the targets and the data.
+# A rank list is not hashable; what the caches depend on is the model, the targets and the data.
 def _key(adapter: AdapterSection) -> AdapterSection:
     return AdapterSection(targets=adapter.targets, norm=adapter.norm)
 

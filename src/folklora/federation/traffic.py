@@ -29,7 +29,7 @@ def _bytes(shapes: Shapes, dtype: str, *, examples: bool) -> int:
 
 
 def per_round(method: Method, client: str, dtype: str) -> Traffic:
-    """Mean over two rounds, since some methods alternate; exact for what is sent, and for replies of the same shapes."""
+    """Mean over two rounds, since some methods alternate; exact for what is sent and for replies of those shapes."""
     if method.rounds() == 0:
         return Traffic(0, 0)
     shapes = [method.expected(round, client) for round in (1, 2)]

@@ -40,12 +40,14 @@ def find(name: str) -> type[Method]:
 
 
 def check_options(name: str, options: dict[str, Any]) -> Options:
-    """A method's options, validated; anything unknown or out of range is one line naming key, value and what is allowed."""
+    """A method's options, validated; what is unknown or out of range is one line: key, value, what is allowed."""
     method = find(name)
     try:
-        return method.Options.model_validate(options)
+        return method.options_type.model_validate(options)
     except ValidationError as error:
-        raise RecipeError(f"method {name!r}: {describe_validation_error(error, method.Options, 'method')}") from None
+        raise RecipeError(
+            f"method {name!r}: {describe_validation_error(error, method.options_type, 'method')}"
+        ) from None
 
 
 def build(name: str, options: dict[str, Any], context: Context) -> Method:

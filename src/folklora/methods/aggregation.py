@@ -14,8 +14,9 @@ def weighted_mean(messages: Sequence[Tensors], weights: Tensor) -> Tensors:
     """``sum_k w_k theta_k`` of every tensor all messages carry, accumulated in float64 and returned in float32."""
     if not messages:
         return {}
+    p = weights.double()
     return {
-        name: sum(w * m[name].double() for w, m in zip(weights.tolist(), messages, strict=True)).float()  # type: ignore[union-attr]
+        name: torch.einsum("k,k...->...", p, torch.stack([m[name].double() for m in messages])).float()
         for name in messages[0]
     }
 
@@ -26,8 +27,8 @@ def aggregation_error(
     """How far what clients got lies from what the weights meant: mean over layers and clients of
     ``||DW_i - DW*_i||_F / ||DW*_i||_F`` with ``DW*_i = sum_j w_ij s_j B_j C_j A_j``.
 
-    Nothing of size d_out x d_in is built: with the thin QR factorisations ``[B_1 ... B_K] = Q R`` of all factors side by
-    side, a Frobenius norm of a sum of low-rank products is that of a small matrix. All in float64.
+    Nothing of size d_out x d_in is built: with the thin QR factorisations ``[B_1 ... B_K] = Q R`` of all factors side
+    by side, a Frobenius norm of a sum of low-rank products is that of a small matrix. All in float64.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """The contract of a federated method: tensors in, tensors out, the same object in every engine.
 
-A method states which factors an adapter has, how they start, which kinds of tensors train in a round and which travel, and
-how the server turns what arrived into what each client gets back. It knows nothing of files, sockets, engines or models.
-In the order data flows::
+A method states which factors an adapter has, how they start, which kinds of tensors train in a round and which travel,
+and how the server turns what arrived into what each client gets back. It knows nothing of files, sockets, engines or
+models. In the order data flows::
 
     initial(client)                     at the client: what it owns before anything happened; costs no byte
     sketch(client)           -> message at the client, once: statistics of its data, or nothing
@@ -60,8 +60,9 @@ class ClientData(Protocol):
 class Client:
     """What one client owns. ``tensors`` is its model; ``notes`` is whatever else a method keeps at home.
 
-    ``secret`` seeds noise that protects the client. The local engine derives it from the recipe's seed, so that simulations
-    repeat: whoever knows the seed can subtract that noise. A member of a real federation draws it from its own system.
+    ``secret`` seeds noise that protects the client. The local engine derives it from the recipe's seed, so that
+    simulations repeat: whoever knows the seed can subtract that noise. A member of a real federation draws it from its
+    own system.
     """
 
     id: str
@@ -98,8 +99,8 @@ class Options(BaseModel):
     """Options every method has; a method's own stand in a subclass.
 
     ``head``: *private* stays home, *shared* travels and is averaged, *sketched* is private and starts from the linear
-    discriminant that the server builds from all clients' class statistics. ``head_start`` says the start alone, so that a
-    shared head may start sketched too, and *auto* lets each client choose on its validation split.
+    discriminant that the server builds from all clients' class statistics. ``head_start`` says the start alone, so
+    that a shared head may start sketched too, and *auto* lets each client choose on its validation split.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
@@ -136,7 +137,7 @@ class Method:
     has_global_model: ClassVar[bool] = False
     trains: ClassVar[frozenset[str]] = frozenset({"A", "B", "C", "head", "norm"})
     travels: ClassVar[frozenset[str]] = frozenset()
-    Options: ClassVar[type[Options]] = Options
+    options_type: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Options, context: Context) -> None:
         self.options = options
@@ -150,7 +151,8 @@ class Method:
             )
         if max(ranks) > self.adapter.max_rank():
             raise MethodError(
-                f"adapter.rank = {max(ranks)} exceeds the smallest adapted layer; allowed: 1 to {self.adapter.max_rank()}"
+                f"adapter.rank = {max(ranks)} exceeds the smallest adapted layer; "
+                f"allowed: 1 to {self.adapter.max_rank()}"
             )
 
     # -- at the client, before the first round -------------------------------------------------------------------
@@ -254,7 +256,7 @@ class Method:
         return Message(select(client.tensors, self.shared(round)), {"examples": client.examples})
 
     def server(self, round: int, state: State, messages: Mapping[str, Message]) -> State:
-        """Aggregate; by default the mean of everything that arrived, weighted by examples (FedAvg, arXiv 1602.05629)."""
+        """Aggregate; by default the mean of all that arrived, weighted by examples (FedAvg, arXiv 1602.05629)."""
         mean = weighted_mean([m.tensors for m in messages.values()], self.weights(messages))
         return {**state, **{f"global/{name}": tensor for name, tensor in mean.items()}}
 

@@ -2,25 +2,26 @@
 
 1. ``y = W0 x + s B C A x``. A ~ N(0, 1e-3^2), B = 0, C = I; A, B, C and the head all train [code].
 2. Only C travels [paper]; A, B, the head (and LayerNorms) never leave the client.
-3. Once, each client fits a Gaussian mixture per class on frozen features and sends it [paper, code: 3 components, diagonal].
+3. Once, each client fits a Gaussian mixture per class on frozen features and sends it [paper, code: 3 components,
+  diagonal].
 4. Data similarity: optimal transport between the clients' mixtures [paper: GMM + OT; distances to similarities: recon].
 5. Model similarity: linear CKA of the cores [paper names CKA; averaging over layers: recon].
 6. ``S = lambda S_data + (1 - lambda) S_model``; client i gets ``sum_j softmax_j(S_ij / T) C_j``, itself included
    [lambda, T, softmax: recon].
 
-Where ranks differ, cores are mixed zero-padded and truncated on the way down [recon]; what is mixed is ``s_k C_k``, so that
-the scaling alpha / rank of each client is respected [recon].
+Where ranks differ, cores are mixed zero-padded and truncated on the way down [recon]; what is mixed is ``s_k C_k``, so
+that the scaling alpha / rank of each client is respected [recon].
 
-Ours beside the published: ``basis = "frozen"`` (A, B orthonormal, from the seed, common to all and never trained; C starts at
-zero; then the mean of cores is exact) and ``basis = "aligned"`` (each core is rotated to the receiver's by orthogonal
-Procrustes before mixing), ``similarity = "uniform" | "size"`` (plain and example-weighted means), a differentially private
-sketch, and mixtures read off the class statistics (``components = 0``).
+Ours beside the published: ``basis = "frozen"`` (A, B orthonormal, from the seed, common to all and never trained; C
+starts at zero; then the mean of cores is exact) and ``basis = "aligned"`` (each core is rotated to the receiver's by
+orthogonal Procrustes before mixing), ``similarity = "uniform" | "size"`` (plain and example-weighted means), a
+differentially private sketch, and mixtures read off the class statistics (``components = 0``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -57,8 +58,8 @@ class CELoRAOptions(Options):
     def _private_sketch_is_statistics(self) -> CELoRAOptions:
         if self.dp_epsilon is not None and self.components:
             raise ValueError(
-                f"dp_epsilon with components = {self.components}: a private release holds class statistics, not an EM fit; "
-                "allowed: components = 0"
+                f"dp_epsilon with components = {self.components}: a private release holds class statistics, not an EM "
+                "fit; allowed: components = 0"
             )
         if self.projection and not self.components:
             raise ValueError("projection applies to fitted mixtures; allowed: components >= 1, or projection = 0")
@@ -78,11 +79,11 @@ class CELoRA(Method):
 
     name = "celora"
     title = "CE-LoRA (core C travels)"
-    paper = "arXiv:2503.23869"
+    paper: ClassVar[str | None] = "arXiv:2503.23869"
     core = True
     mixed_ranks = True
     travels = frozenset({"C"})
-    Options: type[Options] = CELoRAOptions
+    options_type: ClassVar[type[Options]] = CELoRAOptions
     options: CELoRAOptions
 
     # -- factors -------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """FedIT: FedAvg over LoRA factors. arXiv 2305.05644 (Zhang et al., "Towards Building the Federated GPT").
 
-Each round every client trains A, B and the head from the server's and sends them; the server averages each factor by itself,
-weighted by examples. The mean of products is not the product of the means, so the aggregate is biased: the price is
-reported as ``aggregation_error``.
+Each round every client trains A, B and the head from the server's and sends them; the server averages each factor by
+itself, weighted by examples. The mean of products is not the product of the means, so the aggregate is biased: the
+price is reported as ``aggregation_error``.
 """
 
 from __future__ import annotations
@@ -24,4 +24,4 @@ class FedIT(Method):
     paper = "arXiv:2305.05644"
     has_global_model = True
     travels = frozenset({"A", "B", "norm"})
-    Options = FedITOptions
+    options_type = FedITOptions

@@ -1,7 +1,7 @@
 """FedSA-LoRA: share A, keep B. arXiv 2410.01463 (Guo et al., ICLR 2025).
 
-A is found to carry what clients have in common and B what is their own: both train, only A travels and is averaged, B and
-the head stay home [code].
+A is found to carry what clients have in common and B what is their own: both train, only A travels and is averaged, B
+and the head stay home [code].
 """
 
 from __future__ import annotations

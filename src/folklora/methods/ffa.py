@@ -19,4 +19,4 @@ class FFALoRA(Method):
     has_global_model = True
     trains = frozenset({"B", "head", "norm"})
     travels = frozenset({"B", "norm"})
-    Options = FedITOptions
+    options_type = FedITOptions

@@ -1,9 +1,10 @@
 """FolkLoRA: cores in a common frame, a head that each client starts as its validation split says. Ours.
 
-CE-LoRA with ``basis = "frozen"`` (A, B orthonormal, drawn from the seed, the same everywhere: they cost no byte; C starts at
-zero, so the mean of cores is the mean of updates, exactly), cores averaged by examples or mixed by similarity, and a head kept
-at home that starts from zero or from everybody's class statistics (`folklora.methods.heads`). The class statistics travel
-once and serve both the head and, where asked for, the data similarity.
+CE-LoRA with ``basis = "frozen"`` (A, B orthonormal, drawn from the seed, the same everywhere: they cost no byte; C
+starts at zero, so the mean of cores is the mean of updates, exactly), cores averaged by examples or mixed by
+similarity, and a head kept at home that starts from zero or from everybody's class statistics
+(`folklora.methods.heads`). The class statistics travel once and serve both the head and, where asked for, the data
+similarity.
 """
 
 from __future__ import annotations
@@ -27,4 +28,4 @@ class FolkLoRA(CELoRA):
     name = "folklora"
     title = "FolkLoRA (ours)"
     paper = None
-    Options = FolkLoRAOptions
+    options_type = FolkLoRAOptions

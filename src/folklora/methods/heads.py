@@ -1,9 +1,11 @@
-"""How a client chooses the start of its head: from zero, or from the sketched one, on its own validation split. Ours [recon].
+"""How a client chooses the start of its head: from zero, or from the sketched one, on its own validation split. Ours
+[recon].
 
-With many overlapping classes and little data, the linear discriminant of everybody's class statistics is worth more than any
-local training; when a client's classes are its own, a head that knows all other classes only distracts. So every client tries
-both, and variants of the second, on cached features of the frozen backbone: each candidate is trained as the head alone would
-be, all candidates side by side, and the best on validation is kept. It costs seconds and no byte.
+With many overlapping classes and little data, the linear discriminant of everybody's class statistics is worth more
+than any local training; when a client's classes are its own, a head that knows all other classes only distracts. So
+every client tries both, and variants of the second, on cached features of the frozen backbone: each candidate is
+trained as the head alone would be, all candidates side by side, and the best on validation is kept. It costs seconds
+and no byte.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from folklora.randomness import torch_generator
 Labelled = tuple[Tensor, Tensor]
 
 SCALES = (1.0, 0.5, 0.25, 0.1)
-"""Multiples of the discriminant's logits: pooled statistics are overconfident about a client with its own distribution."""
+"""Multiples of the discriminant's logits: pooled statistics are overconfident about a client unlike the others."""
 
 ABSENT = -10.0
 """Added to the bias of classes that a client does not have, where a candidate keeps to its own classes."""

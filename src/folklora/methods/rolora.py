@@ -1,7 +1,7 @@
 """RoLoRA: alternate the factor that trains. arXiv 2409.02346 (Chen et al.).
 
-In odd rounds B trains and travels with A frozen and common, in even rounds A with B frozen and common, so each round's mean
-is exact. B comes first: while B = 0, A's gradient is zero.
+In odd rounds B trains and travels with A frozen and common, in even rounds A with B frozen and common, so each round's
+mean is exact. B comes first: while B = 0, A's gradient is zero.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class RoLoRA(Method):
     paper = "arXiv:2409.02346"
     has_global_model = True
     travels = frozenset({"A", "B", "norm"})
-    Options = FedITOptions
+    options_type = FedITOptions
 
     def _factor(self, round: int) -> str:
         return "B" if round % 2 == 1 else "A"

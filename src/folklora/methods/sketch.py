@@ -1,7 +1,7 @@
 """Sketch: no training at all. Class statistics of the frozen backbone's features travel once; a head comes back.
 
-The baseline that any honest table needs [recon, ours]: clients send counts, class means and the pooled within-class scatter;
-the server merges them exactly, as if all features lay in one place, and returns the linear discriminant.
+The baseline that any honest table needs [recon, ours]: clients send counts, class means and the pooled within-class
+scatter; the server merges them exactly, as if all features lay in one place, and returns the linear discriminant.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Sketch(Method):
     title = "Sketched head, no training"
     mixed_ranks = True
     trains = frozenset()
-    Options = SketchOptions
+    options_type = SketchOptions
 
     def rounds(self) -> int:
         return 0

@@ -1,1 +1,1 @@
-"""The cohort trainer: many clients' adapters through one frozen backbone; and prediction with each client's own adapter."""
+"""The cohort trainer: many clients' adapters through one frozen backbone; prediction with each client's own adapter."""

@@ -1,9 +1,9 @@
 """The cohort trainer: one forward and one backward pass of the frozen backbone serve K clients.
 
 Each client sits in a *slot*: one row of a [K, P] matrix of trained numbers. The loss is the sum of the clients' mean
-losses, so gradients do not mix; clipping, optimiser moments, step counts, learning rates and dropout are per row. When a
-client has done its local epochs the next one takes its slot, like continuous batching; when nobody waits, the slot closes.
-The result is what training each client alone gives, whatever K is; K = 1 is the path of a network member.
+losses, so gradients do not mix; clipping, optimiser moments, step counts, learning rates and dropout are per row. When
+a client has done its local epochs the next one takes its slot, like continuous batching; when nobody waits, the slot
+closes. The result is what training each client alone gives, whatever K is; K = 1 is the path of a network member.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class _Cohort:
         flat = [stacks.pop(name).flatten(1) for name in self.trained]
         self.frozen = stacks
         self.rows = Rows(torch.cat(flat, dim=1), self.shapes)
-        self.optimizer = build(trainer.train, *self.rows.values.shape, self.device)
+        self.optimizer = build(trainer.train, len(jobs), self.rows.values.shape[1], self.device)
         self.scales = torch.tensor([trainer.adapter.scale(job.rank) for job in jobs], device=self.device)
         for k, job in enumerate(jobs):
             self._restore_moments(k, job)

@@ -1,7 +1,7 @@
 """AdamW and SGD for K clients at once: one row of a [K, P] matrix is one client.
 
-Each row has its own step count, learning rate and gradient norm, so it moves exactly as a torch optimiser would move that
-client alone (tested against ``torch.optim``).
+Each row has its own step count, learning rate and gradient norm, so it moves exactly as a torch optimiser would move
+that client alone (tested against ``torch.optim``).
 """
 
 from __future__ import annotations

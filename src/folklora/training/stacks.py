@@ -1,7 +1,7 @@
 """Between one client's tensors (own rank, shapes as in the papers) and stacks of K clients (common rank, leading axis).
 
-In a stack B stands transposed, [K, r, d_out], and ranks below the common one are padded with zeros, which training leaves
-at zero (see `folklora.adapters.layers.SiteStack`).
+In a stack B stands transposed, [K, r, d_out], and ranks below the common one are padded with zeros, which training
+leaves at zero (see `folklora.adapters.layers.SiteStack`).
 """
 
 from __future__ import annotations

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from folklora.data.sources import EMBEDDED
-from folklora.federation.run import compare
+from folklora.federation.run import compare, run_name
 from folklora.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = 3
 TUNING_SEED = 100
+TUNING_EXAMPLES = 700
 GRID = ("1e-3", "3e-3", "1e-2")
 
 METHODS = (
@@ -47,7 +48,6 @@ ABLATIONS = (
     "celora:similarity=data",
     "celora:similarity=model",
     "celora:similarity=uniform",
-    "celora:similarity=size",
     "celora:temperature=0.1",
     "celora:basis=aligned",
     "celora:basis=frozen",
@@ -70,11 +70,12 @@ def settings(data: Path, made: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for alpha in (0.5, 0.1):
         skew = {"clients": 10, "partition": "dirichlet", "alpha": alpha}
-        found[f"banking77 dirichlet {alpha}"] = {"limit": 2000, **skew}
-        found[f"snips dirichlet {alpha}"] = {**snips, "limit": 1000, **skew}
+        found[f"banking77 dirichlet {alpha}"] = {"limit": 1500, "test_limit": 600, **skew}
+        found[f"snips dirichlet {alpha}"] = {**snips, "limit": 700, "test_limit": 350, **skew}
     found["banking77 disjoint labels"] = {
         "source": str(disjoint(made)),
-        "limit": 2000,
+        "limit": 1500,
+        "test_limit": 600,
         "partition": "natural",
         "by": "tenth",
     }
@@ -115,7 +116,8 @@ def tune(recipes: Mapping[str, dict[str, Any]], runs: Path) -> dict[str, str]:
     bases = [m for m in METHODS if ":" not in m and m != "sketch"]
     scores: dict[tuple[str, str], list[float]] = {}
     for name in ("banking77 dirichlet 0.5",):
-        recipe = Recipe.parse({"seed": TUNING_SEED, "data": dict(recipes[name]), "train": dict(TRAIN)})
+        data = {**recipes[name], "limit": TUNING_EXAMPLES}
+        recipe = Recipe.parse({"seed": TUNING_SEED, "data": data, "train": dict(TRAIN)})
         entries = [f"{method}:train.lr={lr}" for method in bases for lr in GRID]
         document = compare(recipe, entries, 1, runs / "tuning" / name.replace(" ", "-"), Lines())
         for entry, row in zip(entries, document["rows"], strict=True):
@@ -123,7 +125,12 @@ def tune(recipes: Mapping[str, dict[str, Any]], runs: Path) -> dict[str, str]:
             scores.setdefault((method, lr), []).append(row["validation_mean"])
     means = {key: sum(values) / len(values) for key, values in scores.items()}
     chosen = {method: max(GRID, key=lambda lr: means[method, lr]) for method in bases}
-    document = {"grid": GRID, "seed": TUNING_SEED, "validation": {f"{m} {lr}": v for (m, lr), v in means.items()}}
+    document = {
+        "grid": GRID,
+        "seed": TUNING_SEED,
+        "examples": TUNING_EXAMPLES,
+        "validation": {f"{m} {lr}": v for (m, lr), v in means.items()},
+    }
     write("tuning", {**document, "chosen": chosen})
     return chosen
 
@@ -150,36 +157,50 @@ def write(name: str, document: Mapping[str, Any]) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def collect(recipes: Mapping[str, dict[str, Any]], runs: Path, chosen: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows of all runs that are finished, in the order of the plan."""
+    rows = []
+    for name, seed, variants in plan(recipes, ablate=True):
+        for variant in variants:
+            entry = rated(variant, chosen)
+            path = runs / folder_of(name) / run_name(entry, seed) / "summary.json"
+            if path.exists():
+                row = json.loads(path.read_text(encoding="utf-8"))["row"]
+                rows.append({**row, "setting": name, "variant": variant, "lr": float(entry.rpartition("=")[2])})
+    return rows
+
+
+def rated(variant: str, chosen: Mapping[str, str]) -> str:
+    """A variant with the learning rate that was chosen for its method."""
+    return f"{variant}:train.lr={chosen.get(variant.partition(':')[0], '3e-3')}"
+
+
+def folder_of(name: str) -> str:
+    return name.replace(" ", "-")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="the folder that holds snips/")
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--tune", action="store_true", help="choose the learning rates first")
-    parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument(
+        "--only", default="", help="settings whose name contains this (several processes can share --runs)"
+    )
     arguments = parser.parse_args()
     recipes = settings(arguments.data.resolve(), arguments.runs.resolve())
-    if arguments.tune:
-        tune(recipes, arguments.runs)
-    chosen = rates()
-    rows: list[dict[str, Any]] = []
-    document = {
-        "settings": {
-            "train": TRAIN,
-            "lr": chosen,
-            "limits": {name: section["limit"] for name, section in recipes.items()},
-            "seeds": SEEDS,
-        },
-        "rows": rows,
-    }
-    for name, seed, variants in plan(recipes, not arguments.no_ablations):
+    chosen = tune(recipes, arguments.runs) if arguments.tune else rates()
+    for name, seed, variants in plan(recipes, ablate=True):
+        if arguments.only not in name:
+            continue
         recipe = Recipe.parse({"seed": seed, "data": dict(recipes[name]), "train": dict(TRAIN)})
-        folder = arguments.runs / name.replace(" ", "-")
         for variant in variants:
-            lr = chosen.get(variant.partition(":")[0], "3e-3")
-            done = compare(recipe, [f"{variant}:train.lr={lr}"], 1, folder, Lines())["rows"][0]
-            rows.append({**done, "setting": name, "variant": variant, "lr": float(lr)})
-            write("accuracy", document)
-    print(json.dumps({"benchmark": "accuracy", "runs": len(rows)}))
+            compare(recipe, [rated(variant, chosen)], 1, arguments.runs / folder_of(name), Lines())
+            rows = collect(recipes, arguments.runs, chosen)
+            limits = {setting: section["limit"] for setting, section in recipes.items()}
+            document = {"train": TRAIN, "lr": chosen, "examples": limits, "seeds": SEEDS}
+            write("accuracy", {"settings": document, "rows": rows})
+    print(json.dumps({"benchmark": "accuracy", "runs": len(collect(recipes, arguments.runs, chosen))}))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
+# Into a file or a pipe a table is as wide as it needs to be, not as a terminal of 80 columns.
+out, err = Console(width=None if sys.stdout.isatty() else 150), Console(stderr=True)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/banking77.toml", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="A run directory", show_default=False)]

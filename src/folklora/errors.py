@@ -9,7 +9,11 @@ from __future__ import annotations
 
 
 class FolkLoraError(Exception):
-    """Base of all errors that name what is wrong, where, and what is allowed."""
+    """Base of all errors that name what is wrong, where, and what is allowed; the message is one line."""
+
+    def __init__(self, message: str) -> None:
+        # What it quotes (a key, a path, another library's words) may hold line breaks.
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class RecipeError(FolkLoraError):

@@ -10,16 +10,22 @@ The options of a method live beside its name under ``[method]`` and are checked 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
+import math
+import reprlib
 import tomllib
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from folklora.errors import RecipeError
+
+EMBEDDED_NAMES = frozenset({"banking77", "minilm"})
+"""What the package carries: never a path, even where a folder has the same name."""
 
 
 class Section(BaseModel):
@@ -47,6 +53,7 @@ class DataSection(Section):
     text: str = Field("text", min_length=1)
     label: str = Field("label", min_length=1)
     limit: int | None = Field(None, ge=2, description="use at most this many examples (stratified, seeded)")
+    test_limit: int | None = Field(None, ge=2, description="likewise, of the common test set")
     clients: int = Field(10, ge=1, le=1_000_000)
     partition: Literal["iid", "dirichlet", "pathological", "natural", "shards"] = "dirichlet"
     alpha: float = Field(0.5, gt=0, description="dirichlet: concentration; small = skewed")
@@ -91,6 +98,13 @@ class MethodSection(BaseModel):
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
+    @model_validator(mode="after")
+    def _options_can_be_written(self) -> MethodSection:
+        for key, value in self.options.items():
+            if not _is_plain(value):
+                raise ValueError(f"{key} = {_short(value)}; allowed: a string, a finite number, true, false, or a list")
+        return self
+
 
 class TrainSection(Section):
     """Local training at the clients and the rounds around it."""
@@ -103,7 +117,10 @@ class TrainSection(Section):
     optimizer_state: Literal["fresh", "kept"] = Field("fresh", description="moments across rounds")
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd")
     weight_decay: float = Field(0.0, ge=0)
-    clip: float | None = Field(1.0, gt=0, description="gradient norm of one client")
+    # TOML has no null, and here "no value" is not the default.
+    clip: Annotated[
+        Annotated[float, Field(gt=0)] | None, BeforeValidator(lambda value: None if value == "none" else value)
+    ] = Field(1.0, description='gradient norm of one client; "none": not clipped')
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the client's steps in the whole run")
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     participation: float = Field(1.0, gt=0, le=1, description="fraction of clients sampled each round")
@@ -167,8 +184,9 @@ class Recipe(Section):
     def read(cls, path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         """Read a recipe file and apply ``key=value`` overrides.
 
-        Relative paths in ``data.source``, ``data.test`` and ``model.name`` that exist beside the recipe are resolved
-        against the recipe's folder, so that a run directory can be resumed from anywhere.
+        Relative paths in ``data.source``, ``data.test`` and ``model.name`` become absolute, so that a run directory can
+        be resumed from anywhere: those in the file are looked for beside it and then in the working directory, those in
+        overrides the other way round. What is in neither stays as it is: it may be a hub id.
 
         Raises
         ------
@@ -196,10 +214,14 @@ class Recipe(Section):
         folder: Path | None = None,
     ) -> Recipe:
         """Validate a document of nested tables; see `read`."""
-        for override in overrides:
-            _override(document, override)
+        document = copy.deepcopy(document)
         if folder is not None:
             _resolve_paths(document, folder)
+        for override in overrides:
+            _override(document, override)
+        for place in (Path.cwd(), folder):
+            if place is not None:
+                _resolve_paths(document, place)
         try:
             return cls.model_validate(document)
         except ValidationError as error:
@@ -211,13 +233,30 @@ class Recipe(Section):
         for name, section in self:
             if isinstance(section, BaseModel):
                 lines.append(f"\n[{name}]")
-                lines += [f"{key} = {_toml(value)}" for key, value in section.model_dump().items() if value is not None]
+                fields = type(section).model_fields
+                for key, value in section.model_dump().items():
+                    if value is not None:
+                        lines.append(f"{key} = {_toml(value)}")
+                    elif fields[key].default is not None:
+                        lines.append(f'{key} = "none"')
         return "\n".join(lines) + "\n"
 
 
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
 def _toml(value: Any) -> str:
-    # TOML's scalars and flat lists are spelt as JSON spells them, except that 1e-03 and inf never occur here.
-    return json.dumps(value, ensure_ascii=False)
+    # TOML's finite scalars and flat lists are spelt as JSON spells them, but for one control character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _short(value: Any) -> str:
+    """What a message quotes of a value, however long it is."""
+    shown = repr(value)
+    return shown if len(shown) <= 120 else reprlib.repr(value)
 
 
 def _override(document: dict[str, Any], override: str) -> None:
@@ -241,9 +280,16 @@ def _override(document: dict[str, Any], override: str) -> None:
 def _resolve_paths(document: dict[str, Any], folder: Path) -> None:
     for table, key in (("data", "source"), ("data", "test"), ("model", "name")):
         section = document.get(table)
-        value = section.get(key) if isinstance(section, dict) else None
-        if isinstance(value, str) and not Path(value).is_absolute() and (folder / value).exists():
-            section[key] = str((folder / value).resolve())
+        if not isinstance(section, dict):
+            continue
+        value = section.get(key)
+        if not isinstance(value, str) or not value or value in EMBEDDED_NAMES or Path(value).is_absolute():
+            continue
+        try:
+            if (folder / value).exists():
+                section[key] = str((folder / value).resolve())
+        except (OSError, ValueError):  # too long, or with a NUL: no path at all
+            continue
 
 
 def describe_validation_error(error: ValidationError, root: type[BaseModel], prefix: str = "") -> str:
@@ -263,7 +309,7 @@ def describe_validation_error(error: ValidationError, root: type[BaseModel], pre
     # A union reports every branch it tried: all of them together are what is allowed.
     same = [e for e in error.errors() if [str(p) for p in e["loc"] if not _is_union_branch(p)][:2] == where[:2]]
     allowed = "; or ".join(dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in same))
-    return f"{key} = {first['input']!r}: {allowed}"
+    return f"{key} = {_short(first['input'])}: {allowed}"
 
 
 def _is_union_branch(part: int | str) -> bool:

@@ -340,7 +340,7 @@ def one_client(**changes: object) -> dict[str, object]:
         (document(**one_client(test=[1])), "example 1 is also in client '0', train"),
         (document(clients={c: {"train": [0], "validation": [1], "test": [2]} for c in "ab"}), "also in client 'a'"),
         (document(counts=None), "counts"),
-        (document(counts={"0": [1, 1]}), "counts: not the clients"),
+        (document(counts={"0": [1, 1]}), "counts: not those of `clients`"),
         (document(counts={"0": [2, 0], "1": [1]}), "counts: client '1' has 1 numbers; allowed: 2, one a class"),
         (document(counts={"0": [3, -1], "1": [1, 0]}), "counts: 0: 1"),
         (document(counts={"0": [2, 1], "1": [1, 0]}), "counts: client '0' has 3 examples; allowed: 2"),

@@ -307,3 +307,15 @@ def test_fingerprint_changes_with_the_data_and_only_then() -> None:
         of(["ab"], [0]),
     }
     assert len(others | {base}) == 6
+
+
+def test_the_common_test_set_has_a_limit_of_its_own() -> None:
+    section = DataSection(limit=200, test_limit=154)
+    table, test = load(section, seed=3)
+    assert test is not None
+    assert (len(table), len(test)) == (200, 154)
+    assert np.bincount(test.labels, minlength=77).tolist() == [2] * 77  # 40 of each class before
+    _, again = load(section, seed=3)
+    assert again is not None and again.inputs == test.inputs
+    with pytest.raises(DataError, match=r"data\.test_limit = 5 is less than the 77 classes"):
+        load(DataSection(test_limit=5), seed=3)

@@ -19,17 +19,17 @@ Offsets = Sequence[int]
 
 def grouped_matmul(x: Tensor, weight: Tensor, offsets: Offsets) -> Tensor:
     """``y_k = x_k W_k``: [T, p] by [K, p, q] -> [T, q]."""
-    return _Matmul.apply(x, weight, offsets)  # type: ignore[no-any-return, no-untyped-call]
+    return _Matmul.apply(x, weight, offsets)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Offsets) -> Tensor:
     """``y_k = x_k W_k^T``: [T, p] by [K, q, p] -> [T, q]; as ``torch.nn.functional.linear``."""
-    return _Linear.apply(x, weight, offsets)  # type: ignore[no-any-return, no-untyped-call]
+    return _Linear.apply(x, weight, offsets)
 
 
 def grouped_outer(x: Tensor, y: Tensor, offsets: Offsets) -> Tensor:
     """``W_k = x_k^T y_k``: [T, p] by [T, q] -> [K, p, q]."""
-    return _Outer.apply(x, y, offsets)  # type: ignore[no-any-return, no-untyped-call]
+    return _Outer.apply(x, y, offsets)
 
 
 def _equal(offsets: Offsets) -> bool:
@@ -40,7 +40,7 @@ def _equal(offsets: Offsets) -> bool:
 def _matmul(x: Tensor, weight: Tensor, offsets: Offsets) -> Tensor:
     groups = len(offsets) - 1
     if _equal(offsets):
-        return torch.bmm(x.view(groups, -1, x.shape[1]), weight).view(x.shape[0], -1)
+        return torch.bmm(x.view(groups, -1, x.shape[1]), weight).view(x.shape[0], weight.shape[2])
     y = x.new_empty(x.shape[0], weight.shape[2])
     for k in range(groups):
         start, stop = offsets[k], offsets[k + 1]

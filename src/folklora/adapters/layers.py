@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from folklora.adapters.grouped import Offsets, grouped_linear, grouped_matmul
+from folklora.errors import BackboneError
 
 
 @dataclass
@@ -35,7 +36,7 @@ class SiteStack:
         down = self.a if self.c is None else torch.bmm(self.c, self.a)
         up = self.b * self.scale[:, None, None]
         if mask is not None:
-            x = x * mask
+            x = x * mask.to(x.dtype)
         return grouped_matmul(grouped_linear(x, down.to(x.dtype), offsets), up.to(x.dtype), offsets)
 
 
@@ -86,6 +87,11 @@ class AdaptedLinear(nn.Module):
         if bank is None or self.name not in bank.sites:
             return y
         flat = x.reshape(-1, x.shape[-1])
+        if len(flat) != bank.offsets[-1]:  # DeBERTa sends its relative positions through the query projection too
+            raise BackboneError(
+                f"adapter.targets: {self.name} is not applied to the batch's tokens alone and cannot carry adapters; "
+                "give a regex that leaves it out"
+            )
         mask = bank.dropout(self.name, x.shape[-1]) if bank.dropout else None
         return y + bank.sites[self.name].delta(flat, bank.offsets, mask).view(y.shape)
 

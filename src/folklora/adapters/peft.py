@@ -17,6 +17,9 @@ from folklora.errors import RunError
 
 _PREFIX = "base_model.model."
 
+_UNLIKE_PLAIN_LORA = ("use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication")
+"""Settings of PEFT under which the same tensors mean another product."""
+
 
 def fold(tensors: Tensors, adapter: LowRank) -> Tensors:
     """Plain LoRA factors ``A/<site>``, ``B/<site>`` with the same product: A' = C A, formed in float64."""
@@ -64,8 +67,8 @@ def save_peft(
         # The configuration comes last: a folder that has it is whole.
         text = json.dumps(_config(adapter, rank, base_model), indent=2)
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror}") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RunError(f"{folder}: cannot be written: {error}") from None
     return folder
 
 
@@ -83,7 +86,7 @@ def _config(adapter: LowRank, rank: int, base_model: str) -> dict[str, Any]:
         base_model_name_or_path=base_model,
     ).to_dict()
     config["target_modules"] = sorted(config["target_modules"])  # a set has no order, a file should
-    return {key: str(value) if hasattr(value, "value") else value for key, value in config.items()}
+    return config
 
 
 def load_peft(folder: str | Path, adapter: LowRank) -> tuple[Tensors, int, float]:
@@ -99,13 +102,18 @@ def load_peft(folder: str | Path, adapter: LowRank) -> tuple[Tensors, int, float
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        unlike = [key for key in _UNLIKE_PLAIN_LORA if config.get(key)]
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise RunError(f"{folder}: not a PEFT LoRA folder ({error})") from None
+    if unlike:
+        raise RunError(f"{folder}: not plain LoRA (adapter_config.json sets {', '.join(unlike)})")
     found: Tensors = {}
     for name, shape in LowRank(adapter.sites, False, alpha).shapes(rank).items():
         factor, _, site = name.partition("/")
         key = f"{_PREFIX}{site}.lora_{factor}.weight"
         if key not in weights or tuple(weights[key].shape) != shape:
             raise RunError(f"{folder}: {key} is missing or not of shape {shape}")
-        found[name] = weights[key].to(torch.float32)
+        found[name] = weights.pop(key).to(torch.float32)
+    if weights:
+        raise RunError(f"{folder}: {min(weights)} belongs to no layer that adapter.targets names")
     return found, rank, alpha

@@ -11,11 +11,13 @@ import copy
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from folklora.adapters.layers import AdaptedLinear, AdaptedNorm, Bank, Socket
@@ -32,18 +34,24 @@ DEFAULT_TARGETS: dict[str, str] = {
     "xlm-roberta": r".*attention\.self\.(query|value)",
     "distilbert": r".*attention\.(q_lin|v_lin)",
     "gpt2": r".*attn\.c_attn",
+    "deberta": r".*attention\.self\.in_proj",
+    "deberta-v2": r".*attention\.(self\.value_proj|output\.dense)",
 }
-"""The query and value projections, as LoRA's authors chose; for other architectures `FALLBACK_TARGETS` is tried."""
+"""The query and value projections, as LoRA's authors chose; for other architectures `FALLBACK_TARGETS` is tried.
+
+DeBERTa-v2's query projection also serves its relative positions, which belong to no client: its output stands in.
+"""
 
 FALLBACK_TARGETS = (
     r".*\.(q_proj|v_proj)",
     r".*\.(query|value)",
     r".*\.(q_lin|v_lin)",
-    r".*\.(query_key_value|c_attn|qkv)",
+    r".*\.(query_key_value|c_attn|qkv|Wqkv)",
+    r".*\.attn\.(q|v)",
 )
 
-PACKABLE: dict[str, int] = {"bert": 0, "distilbert": 0, "roberta": 1, "xlm-roberta": 1, "camembert": 1}
-"""Architectures that take position ids and a mask per pair of tokens -> does position 0 sit after the padding index?"""
+PACKABLE = frozenset({"bert", "distilbert", "roberta", "xlm-roberta", "camembert"})
+"""Architectures that take position ids and a mask per pair of tokens."""
 
 
 def find(name: str) -> str:
@@ -63,7 +71,10 @@ def find(name: str) -> str:
             "or name a folder or hub id of a Hugging Face model"
         )
     folder = Path(spec.submodule_search_locations[0]) / "model"
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    try:
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    except OSError as error:
+        raise BackboneError(f"{folder / 'model.safetensors'}: cannot be read: {error.strerror}") from None
     if digest != MINILM_SHA256:
         raise BackboneError(f"{folder / 'model.safetensors'}: SHA-256 is {digest}, not the official {MINILM_SHA256}")
     return str(folder)
@@ -73,8 +84,10 @@ def has_native_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products are computed by the hardware rather than emulated."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capability: dict[str, Any] = torch.backends.cpu.get_cpu_capability and torch.cpu.get_capabilities()
-    return bool(capability.get("avx512_bf16") or capability.get("amx_bf16") or capability.get("arm_bf16"))
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+    # On Arm ("bf16") the products also need oneDNN, which torch for macOS lacks.
+    arm = found.get("bf16") and torch.backends.mkldnn.is_available()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or arm)
 
 
 class Backbone:
@@ -88,11 +101,13 @@ class Backbone:
         LayerNorm name -> its frozen (weight, bias); empty unless they are trained.
     width
         d, the width of the last hidden state.
+    max_length
+        The longest sequence, in tokens, that the model has positions for.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokenizer: Any,
         *,
         targets: str = "default",
@@ -107,6 +122,9 @@ class Backbone:
         self.width = int(self.config.hidden_size)
         self.model_type = str(self.config.model_type)
         self.packable = self.model_type in PACKABLE
+        self._first_position = _first_position(model)
+        limit = getattr(self.config, "max_position_embeddings", None)
+        self.max_length = limit - self._first_position if limit else sys.maxsize
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # its output is never used: features are pooled by the task
         model.requires_grad_(False).eval().to(self.device, torch.float32)
@@ -144,14 +162,29 @@ class Backbone:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            model = AutoModel.from_pretrained(where, attn_implementation="eager", use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError, KeyError) as error:
+            model, loading = AutoModel.from_pretrained(
+                where,
+                attn_implementation="eager",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise BackboneError(
                 f'model.name = "{name}": {first} (allowed: "minilm", a folder with config.json, '
                 "model.safetensors and a tokenizer, or a hub id that can be reached)"
             ) from None
+        # Hugging Face fills what a file lacks with random numbers: harmless for the pooler, which is dropped.
+        if missing := sorted(key for key in loading["missing_keys"] if not key.startswith("pooler.")):
+            raise BackboneError(
+                f'model.name = "{name}": the weights lack {len(missing)} tensors of a {model.config.model_type}, '
+                f"such as {missing[0]}"
+            )
+        # Likewise it makes up a tokenizer of special tokens alone where there are no files.
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise BackboneError(f'model.name = "{name}": there is no tokenizer beside the weights')
         return cls(
             model,
             tokenizer,
@@ -173,14 +206,14 @@ class Backbone:
 
     @property
     def pad_token(self) -> int:
-        # A tokenizer without a padding token still needs some id there; the mask hides whatever it is.
-        return int(self.tokenizer.pad_token_id or 0)
+        # Padding needs some id that the model knows, even where the tokenizer has none; the mask hides whatever it is.
+        token = self.tokenizer.pad_token_id
+        return int(token) if token is not None and token < self.config.vocab_size else 0
 
     def hidden(self, batch: Batch, bank: Bank | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The last hidden states [rows, L, d], in the compute ``dtype`` (default: the training dtype)."""
         model = self._model(dtype or self.dtype)
         batch = batch.to(self.device)
-        visible = batch.segments >= 0
         arguments: dict[str, Tensor] = {"input_ids": batch.tokens}
         if batch.packed:
             together = batch.segments[:, None, :, None] == batch.segments[:, None, None, :]
@@ -188,10 +221,10 @@ class Backbone:
             arguments["attention_mask"] = torch.zeros(
                 together.shape, dtype=dtype or self.dtype, device=self.device
             ).masked_fill_(~together, lowest)
-            shift = (self.config.pad_token_id + 1) if PACKABLE[self.model_type] else 0
-            arguments["position_ids"] = batch.positions + shift
         else:
-            arguments["attention_mask"] = visible.long()
+            arguments["attention_mask"] = (batch.segments >= 0).long()
+        if self.packable:
+            arguments["position_ids"] = batch.positions + self._first_position
         self._socket.bank = bank
         try:
             states: Tensor = model(**arguments).last_hidden_state
@@ -203,15 +236,27 @@ class Backbone:
         if dtype not in self._models:
             # The copy shares the socket: whatever is plugged in is plugged into every precision.
             memo = {id(self._socket): self._socket}
-            self._models[dtype] = copy.deepcopy(self._models[torch.float32], memo).to(dtype)
+            model = copy.deepcopy(self._models[torch.float32], memo)
+            # Not `model.to(dtype)`: rotary frequencies are buffers, and rounding them would bend a decoder's positions.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+            self._models[dtype] = model
         return self._models[dtype]
 
 
-def _dimensions(layer: nn.Module) -> tuple[int, int]:
+def _dimensions(layer: Any) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     rows, columns = layer.weight.shape  # GPT-2's Conv1D keeps [d_in, d_out]
     return int(rows), int(columns)
+
+
+def _first_position(model: nn.Module) -> int:
+    """The position of a sequence's first token: RoBERTa and its kin count from behind the padding index."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
 
 
 def _adaptable(model: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ from folklora.backbones.batch import Batch, TokenIds
 DEFAULT_POOLING = {
     "roberta": "cls",
     "xlm-roberta": "cls",
+    "camembert": "cls",
     "llama": "last",
     "qwen2": "last",
     "gpt2": "last",
@@ -31,9 +32,7 @@ class Classification:
         self.backbone = backbone
         self.classes = classes
         self.pooling = DEFAULT_POOLING.get(backbone.model_type, "mean") if pooling == "auto" else pooling
-        limit = getattr(backbone.config, "max_position_embeddings", None) or max_length
-        # RoBERTa's first two positions are never used by a token.
-        self.max_length = min(max_length, limit - 2 if backbone.model_type in {"roberta", "xlm-roberta"} else limit)
+        self.max_length = min(max_length, backbone.max_length)
 
     def encode(self, texts: Sequence[str]) -> list[TokenIds]:
         """Token ids of each text, special tokens included, cut at ``max_length``."""

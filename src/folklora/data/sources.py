@@ -77,7 +77,8 @@ def load(section: DataSection, seed: int) -> tuple[Table, Table | None]:
     ``data.source`` is an embedded name; a ``.csv``, ``.tsv`` (both with a header and quotes as spreadsheets write
     them), ``.jsonl`` or ``.parquet`` file; a folder with ``train.*`` and perhaps ``test.*`` in one of these formats;
     or a Hugging Face folder written by ``save_to_disk``, with the splits ``train`` and perhaps ``test``. The file
-    ``data.test`` replaces the test set that a folder brings. ``data.limit`` applies to the examples only.
+    ``data.test`` replaces the test set that a folder brings. ``data.limit`` applies to the examples,
+    ``data.test_limit`` to the test set.
 
     Raises
     ------
@@ -98,8 +99,11 @@ def load(section: DataSection, seed: int) -> tuple[Table, Table | None]:
         raise DataError(f"{error.filename}: cannot be read: {error.strerror}; allowed: a readable file") from None
     table = _validated(train, text, label, by)
     if section.limit is not None:
-        table = _limited(table, section.limit, seed)
-    return table, None if test is None else _validated(test, test_text, test_label, None, table.classes)
+        table = _limited(table, "limit", section.limit, seed)
+    if test is None:
+        return table, None
+    common = _validated(test, test_text, test_label, None, table.classes)
+    return table, common if section.test_limit is None else _limited(common, "test_limit", section.test_limit, seed)
 
 
 def fingerprint(table: Table) -> str:
@@ -177,18 +181,18 @@ def _name(columns: Columns, row: int, column: str, value: Any) -> str:
     return _string(columns, row, column, value)
 
 
-def _limited(table: Table, limit: int, seed: int) -> Table:
+def _limited(table: Table, key: str, limit: int, seed: int) -> Table:
     """A stratified subsample of `limit` examples, in the source's order.
 
     Seats are given to classes as Sainte-Lague gives them to parties, after one seat for each: shares stay proportional
     to the classes' sizes as nearly as whole numbers allow, and no class vanishes.
     """
     if limit < len(table.classes):
-        allowed = f"data.limit >= {len(table.classes)}, one example a class"
-        raise DataError(f"data.limit = {limit} is less than the {len(table.classes)} classes; allowed: {allowed}")
+        allowed = f"data.{key} >= {len(table.classes)}, one example a class"
+        raise DataError(f"data.{key} = {limit} is less than the {len(table.classes)} classes; allowed: {allowed}")
     if limit >= len(table):
         return table
-    order = numpy_generator(seed, "limit").permutation(len(table))
+    order = numpy_generator(seed, key).permutation(len(table))
     labels = table.labels[order]
     turn = np.empty(len(table))
     for label, size in enumerate(np.bincount(labels, minlength=len(table.classes))):

@@ -44,10 +44,12 @@ def encode(message: Message, dtype: str = "float32") -> bytes:
     Raises
     ------
     MessageError
-        If a tensor holds NaN or Inf, or does not fit the narrower dtype.
+        If a tensor or a number holds NaN or Inf, or a tensor does not fit the narrower dtype.
     """
     parts = [struct.pack("<HH", len(message.numbers), len(message.tensors))]
     for name, number in message.numbers.items():
+        if not math.isfinite(number):
+            raise MessageError(f"number {name!r} is not finite")
         parts += [_name(name), struct.pack("<d", number)]
     for name, tensor in message.tensors.items():
         code, values = _values(name, tensor, dtype)
@@ -90,7 +92,7 @@ def decode(data: bytes, limit: int = LIMIT) -> Message:
 
 
 def check(message: Message, shapes: Shapes, numbers: Iterable[str] = ()) -> None:
-    """Refuse a message that does not carry exactly the agreed tensors and numbers.
+    """Refuse a message that does not carry exactly the agreed floating tensors and numbers.
 
     Raises
     ------
@@ -103,6 +105,8 @@ def check(message: Message, shapes: Shapes, numbers: Iterable[str] = ()) -> None
         found = tuple(message.tensors[name].shape)
         if found != shape:
             raise MessageError(f"tensor {name!r} has shape {found}; allowed: {shape}")
+        if not message.tensors[name].is_floating_point():
+            raise MessageError(f"tensor {name!r} is {message.tensors[name].dtype}; allowed: floating point")
     if message.numbers.get("examples", 1) <= 0:
         raise MessageError(f"examples = {message.numbers['examples']}; allowed: a positive number")
 
@@ -131,12 +135,10 @@ def _values(name: str, tensor: Tensor, dtype: str) -> tuple[int, bytes]:
         return _CODES[tensor.dtype], _raw(tensor)
     if not bool(torch.isfinite(tensor).all()):
         raise MessageError(f"tensor {name!r} holds NaN or Inf")
-    if dtype == "int8":
-        return _INT8, _quantize(tensor)
-    narrow = tensor.to(getattr(torch, dtype))
+    narrow = tensor.float() if dtype == "int8" else tensor.to(getattr(torch, dtype))
     if not bool(torch.isfinite(narrow).all()):
         raise MessageError(f"tensor {name!r} does not fit {dtype}: largest magnitude {float(tensor.abs().max()):g}")
-    return _CODES[narrow.dtype], _raw(narrow)
+    return (_INT8, _quantize(narrow)) if dtype == "int8" else (_CODES[narrow.dtype], _raw(narrow))
 
 
 def _raw(tensor: Tensor) -> bytes:
@@ -146,12 +148,13 @@ def _raw(tensor: Tensor) -> bytes:
 
 
 def _quantize(tensor: Tensor) -> bytes:
-    flat = tensor.float().flatten()
-    blocks = torch.zeros(-(-flat.numel() // BLOCK) * BLOCK).index_copy_(0, torch.arange(flat.numel()), flat)
-    blocks = blocks.view(-1, BLOCK)
+    count = tensor.numel()
+    blocks = torch.zeros(-(-count // BLOCK), BLOCK)
+    blocks.view(-1)[:count] = tensor.flatten()
     scales = blocks.abs().amax(1) / 127
-    levels = torch.round(blocks / torch.where(scales > 0, scales, 1.0)[:, None]).to(torch.int8)
-    return scales.numpy().tobytes() + levels.flatten()[: flat.numel()].numpy().tobytes()
+    # Clamped, because the scale of a block of the smallest numbers there are may round down.
+    levels = torch.round(blocks / torch.where(scales > 0, scales, 1.0)[:, None]).clamp(-127, 127).to(torch.int8)
+    return scales.numpy().tobytes() + levels.flatten()[:count].numpy().tobytes()
 
 
 class _Reader:
@@ -194,7 +197,8 @@ class _Reader:
             tensor = self._plain(_PLAIN[code], count)
         else:
             raise MessageError(f"tensor {name!r} has the unknown dtype code {code}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # NumPy's test: torch's makes several copies on the way.
+        if tensor.is_floating_point() and not bool(np.isfinite(tensor.numpy()).all()):
             raise MessageError(f"tensor {name!r} holds NaN or Inf")
         return tensor.view(shape)
 
@@ -209,5 +213,9 @@ class _Reader:
     def _int8(self, count: int) -> Tensor:
         blocks = -(-count // BLOCK)
         scales = np.frombuffer(self.take(blocks * 4), dtype="<f4")
-        levels = np.frombuffer(self.take(count), dtype=np.int8).astype(np.float32)
-        return torch.from_numpy(levels * np.repeat(scales, BLOCK)[:count])
+        levels = np.frombuffer(self.take(count), dtype=np.int8)
+        values = np.zeros((blocks, BLOCK), dtype=np.float32)
+        values.reshape(-1)[:count] = levels
+        with np.errstate(all="ignore"):  # a scale may be anything: the caller refuses what is not finite
+            values *= scales[:, None]
+        return torch.from_numpy(values.reshape(-1)[:count])

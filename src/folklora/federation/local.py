@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
+from folklora.errors import FolkLoraError
 from folklora.federation.member import Member, SplitName
 from folklora.federation.rounds import Upload
 from folklora.federation.scores import Score
@@ -43,7 +44,12 @@ class LocalEngine:
         if jobs and not jobs[0].trained:
             return
         for fitted in self.trainer.fit(jobs):
-            yield Upload(fitted.client, self.members[fitted.client].finish(round, fitted), fitted.loss)
+            try:
+                data = self.members[fitted.client].finish(round, fitted)
+            except FolkLoraError as error:
+                yield Upload(fitted.client, None, failure=str(error))
+            else:
+                yield Upload(fitted.client, data, fitted.loss)
 
     def scores(self, split: SplitName, clients: Sequence[str], replies: Mapping[str, bytes | None]) -> dict[str, Score]:
         questions, labels = [], {}

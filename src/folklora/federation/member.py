@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
+from folklora.errors import FolkLoraError, MethodError
 from folklora.federation.codec import decode, encode
 from folklora.federation.setup import Setup
 from folklora.methods.base import Client
@@ -66,11 +68,25 @@ class Member:
         self.method.receive(self.client, decode(data))
 
     def finish(self, round: int, fitted: Fitted) -> bytes | None:
-        """Take the training's result in and say what travels, if anything does."""
-        self.client.tensors = fitted.tensors
+        """Take the training's result in and say what travels, if anything does.
+
+        Raises
+        ------
+        FolkLoraError
+            If training diverged, or its result cannot be sent; the client is then as it was before.
+        """
+        finite = (bool(torch.isfinite(tensor).all()) for tensor in fitted.tensors.values())
+        if not (math.isfinite(fitted.loss) and all(finite)):
+            raise MethodError(f"training diverged (loss {fitted.loss:g}); allowed: a smaller train.lr or train.clip")
+        before, self.client.tensors = self.client.tensors, fitted.tensors
+        try:
+            message = self.method.send(round, self.client)
+            data = None if message is None else encode(message, self.setup.recipe.message.dtype)
+        except FolkLoraError:
+            self.client.tensors = before
+            raise
         self.moments = fitted.moments
-        message = self.method.send(round, self.client)
-        return None if message is None else encode(message, self.setup.recipe.message.dtype)
+        return data
 
     # -- work ----------------------------------------------------------------------------------------------------
 

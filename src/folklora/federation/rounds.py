@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import Counter
@@ -105,7 +106,7 @@ class Rounds:
         self.clients = list(clients)
         self.progress = progress
         self.state: State = {}
-        self.delivered: dict[str, int] = {}
+        self.delivered: dict[str, str] = {}  # client -> which reply it has
         self.checkpoint: Checkpoint | None = None
         self.writing = 0.0
 
@@ -129,6 +130,7 @@ class Rounds:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Be where a checkpoint was."""
+        self.run.metrics()  # a damaged history is found now rather than after the last round
         records = {client: self.run.tensors(checkpoint, name) for client, name in checkpoint.clients.items()}
         self.engine.restore(records)
         self.state = self.run.tensors(checkpoint, checkpoint.server)
@@ -147,7 +149,9 @@ class Rounds:
                 if data is not None:
                     ledger.up[client] += len(data)
                     try:
-                        sketches[client] = decode(data)
+                        message = decode(data)
+                        self.method.check_sketch(message)
+                        sketches[client] = message
                     except FolkLoraError as error:
                         failed[client] = str(error)
                 self.progress.advance()
@@ -160,8 +164,6 @@ class Rounds:
                     data = encode(message, self.recipe.message.dtype)
                     ledger.down[client] += len(data)
                     self.engine.settle(client, data)
-        # A welcome already holds what the state holds, so nothing newer waits for anybody.
-        self.delivered = dict.fromkeys(self.clients, 0)
         self.commit(0, self.clients, self._line(0, [], failed, None, None, None, ledger))
 
     # -- one round -----------------------------------------------------------------------------------------------
@@ -196,10 +198,11 @@ class Rounds:
                 error = self._aggregation_error(messages)
         validation = None
         if took_part and (round % self.recipe.train.evaluate_every == 0 or round == self.method.rounds()):
-            validation = self._validate(round, took_part, ledger)
+            validation = self._validate(took_part, ledger)
         loss = sum(losses.values()) / len(losses) if losses else None
         line = self._line(round, sampled, failed, loss, validation, error, ledger)
-        self.commit(round, took_part, line, validation)
+        # Also whoever failed after it received or trained: a resumed run must find it as it is now.
+        self.commit(round, working, line, validation)
         self.progress.line(line)
 
     def _train(
@@ -223,6 +226,9 @@ class Rounds:
                     losses[upload.client] = upload.loss
                 except FolkLoraError as error:
                     failed[upload.client] = str(error)
+        for client in working:
+            if client not in losses:
+                failed.setdefault(client, "did not answer")
         # Messages arrive as clients finish; aggregation must not depend on that order.
         return {client: arrived[client] for client in working if client in arrived}, losses
 
@@ -231,24 +237,30 @@ class Rounds:
         return None if message is None else encode(message, self.recipe.message.dtype)
 
     def _deliver(self, client: str, ledger: Ledger, *, lost: bool = False) -> None:
-        """Bring a client up to the server's state; bytes count once a version."""
-        version = self._version()
-        reply = self._reply(client) if version else None
-        if reply is not None and self.delivered.get(client) != version:
-            ledger.down[client] += len(reply)
-        if reply is not None and not lost:
-            self.engine.receive(client, reply)
+        """Bring a client up to the server's state; before the first round its welcome was that."""
+        reply = self._reply(client) if self._committed() else None
+        if reply is None:
+            return
+        self._count(client, reply, ledger, lost=lost)
         if not lost:
-            self.delivered[client] = version
+            self.engine.receive(client, reply)
 
-    def _version(self) -> int:
+    def _count(self, client: str, reply: bytes, ledger: Ledger, *, lost: bool = False) -> None:
+        """Bytes down count once: a client that has this very reply already is not sent it again."""
+        digest = hashlib.sha256(reply).hexdigest()
+        if self.delivered.get(client) != digest:
+            ledger.down[client] += len(reply)
+            if not lost:
+                self.delivered[client] = digest
+
+    def _committed(self) -> int:
         return self.checkpoint.round if self.checkpoint else 0
 
-    def _validate(self, round: int, clients: list[str], ledger: Ledger) -> dict[str, Any]:
+    def _validate(self, clients: list[str], ledger: Ledger) -> dict[str, Any]:
         replies = {client: self._reply(client) for client in clients}
         for client, reply in replies.items():
-            ledger.down[client] += len(reply or b"")
-            self.delivered[client] = round
+            if reply is not None:
+                self._count(client, reply, ledger)
         with ledger.timed("evaluate"):
             return summarise(self.engine.scores("validation", clients, replies))
 
@@ -314,7 +326,7 @@ class Rounds:
 
     def finish(self) -> dict[str, Any]:
         """The final delivery, the one reading of the test data, and the summary."""
-        stopped_early = self._version() < self.method.rounds()
+        stopped_early = self._committed() < self.method.rounds()
         if self.recipe.train.patience is not None and (best := self.run.checkpoint(best=True)) is not None:
             self.load(best)
         ledger = Ledger()
@@ -325,9 +337,9 @@ class Rounds:
             self.progress.advance()
             replies: dict[str, bytes | None] = {}
             for client in self.clients:
-                replies[client] = self._reply(client) if self._version() else None
-                if replies[client] is not None and self.delivered.get(client) != self._version():
-                    ledger.down[client] += len(replies[client] or b"")
+                reply = replies[client] = self._reply(client) if self._committed() else None
+                if reply is not None:
+                    self._count(client, reply, ledger)
             changed = [client for client in self.clients if replies[client] is not None]
             received = {**tuned, **self.engine.scores("test", changed, replies)}
             received_validation = {**tuned_validation, **self.engine.scores("validation", changed, replies)}
@@ -377,7 +389,7 @@ class Rounds:
             "bytes_up_per_client_round": sum(m["bytes_up"] for m in rounds) / turns,
             "bytes_down_per_client_round": (sum(m["bytes_down"] for m in rounds) + ledger.down.total()) / turns,
             "bytes_once_per_client": (once["bytes_up"] + once["bytes_down"]) / len(self.clients),
-            "rounds": self.checkpoint.round if self.checkpoint else 0,
+            "rounds": self._committed(),
             "seconds_train": sum(m["seconds"].get("train", 0.0) for m in rounds),
             "seconds_total": sum(seconds) + sum(ledger.seconds.values()),
             "aggregation_error": sum(errors) / len(errors) if errors else None,

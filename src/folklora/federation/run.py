@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 import transformers
 
-import folklora
+from folklora import __version__
 from folklora.adapters.lowrank import Tensors
 from folklora.adapters.peft import save_peft
 from folklora.backbones.backbone import find as find_backbone
@@ -93,7 +93,7 @@ def environment(setup: Setup) -> dict[str, Any]:
     """What a run was computed with, for whoever compares numbers; nothing that tells whose machine it was."""
     backbone = setup.task.backbone
     return {
-        "folklora": folklora.__version__,
+        "folklora": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -156,7 +156,7 @@ def compare(
     out = Path(out)
     rows, runs = [], []
     for text, each in plan:
-        name = f"{text.replace(':', '__').replace('/', '_')}-s{each.seed}"
+        name = run_name(text, each.seed)
         if progress is not None:
             progress.run(name)
         summary = _run_or_resume(each, out / name, progress)
@@ -165,6 +165,11 @@ def compare(
         document = {"rows": rows, "runs": runs}
         RunDirectory(out).write("compare.json", json.dumps(document, indent=1, allow_nan=False).encode())
     return document
+
+
+def run_name(text: str, seed: int) -> str:
+    """The folder of one run of a comparison: its entry in ``--methods``, and the seed."""
+    return f"{text.replace(':', '__').replace('/', '_')}-s{seed}"
 
 
 def _run_or_resume(recipe: Recipe, path: Path, progress: Progress | None) -> Summary:

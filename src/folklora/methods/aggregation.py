@@ -9,6 +9,9 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import LowRank, Tensors
 
+_ROUNDING = 1e-12
+"""A sum of updates this small beside its terms is what float64 left of zero."""
+
 
 def weighted_mean(messages: Sequence[Tensors], weights: Tensor) -> Tensors:
     """``sum_k w_k theta_k`` of every tensor all messages carry, accumulated in float64 and returned in float32."""
@@ -36,6 +39,11 @@ def aggregation_error(
         Each client's factors after its training, and after it received the server's reply.
     weights
         [K, K] rows: client j's share in what client i was meant to get.
+
+    Returns
+    -------
+    float
+        0 for an exact aggregation. Where the target is zero, a layer counts 0 if the client got zero too, and 1 if not.
     """
     if not trained:
         return 0.0
@@ -57,10 +65,13 @@ def aggregation_error(
             start += rank
         updates = torch.stack(products[: len(trained)])
         for i in shown:
-            target = torch.einsum("k,kpq->pq", weights[i].double(), updates)
+            row = weights[i].double()
+            target = torch.einsum("k,kpq->pq", row, updates)
             size = torch.linalg.norm(target)
             gap = torch.linalg.norm(products[len(trained) + i] - target)
-            ratios.append(float(gap / size) if size > 0 else float(gap > 0))
+            # Where updates cancel, the target is zero but for rounding: nothing to divide by.
+            nothing = _ROUNDING * (row.abs() * torch.linalg.matrix_norm(updates)).sum()
+            ratios.append(float(gap / size) if size > nothing else float(gap > nothing))
     return sum(ratios) / len(ratios)
 
 

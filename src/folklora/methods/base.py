@@ -6,6 +6,7 @@ models. In the order data flows::
 
     initial(client)                     at the client: what it owns before anything happened; costs no byte
     sketch(client)           -> message at the client, once: statistics of its data, or nothing
+    check_sketch(message)               at the server: refuse what was not agreed
     begin(sketches)          -> state   at the server, once
     welcome(state, id)       -> message to each client, once, or nothing
     settle(client, message)             at the client, once: take the welcome in
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import LowRank, Shapes, Site, Tensors, factor_generator, kaiming, select
 from folklora.data.statistics import ClassStatistics
-from folklora.errors import MethodError
+from folklora.errors import MessageError, MethodError
 from folklora.methods.aggregation import weighted_mean
 from folklora.methods.discriminant import linear_discriminant
 from folklora.methods.heads import choose_head
@@ -103,7 +104,7 @@ class Options(BaseModel):
     that a shared head may start sketched too, and *auto* lets each client choose on its validation split.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
     head: Literal["private", "shared", "sketched"] = "private"
     head_start: Literal["zero", "sketched", "auto"] | None = None
 
@@ -191,12 +192,27 @@ class Method:
         """The server's first state; by default the linear discriminant of the pooled class statistics."""
         if self.options.start == "zero":
             return {}
+        if not sketches:
+            raise MethodError("no client sent class statistics, and a sketched head is made of nothing else")
         pooled = ClassStatistics.merge([self.read_statistics(message) for message in sketches.values()])
         weight, bias = linear_discriminant(pooled)
         state = {"start/head/weight": weight, "start/head/bias": bias}
         if self.options.head_travels:
-            state |= {"global/head/weight": weight, "global/head/bias": bias}
+            # Copies: a checkpoint refuses tensors that share memory.
+            state |= {"global/head/weight": weight.clone(), "global/head/bias": bias.clone()}
         return state
+
+    def check_sketch(self, message: Message) -> None:
+        """Refuse a sketch that is not what was agreed, so that it fails its client and nobody else.
+
+        Raises
+        ------
+        MessageError
+            Naming the tensor and what is allowed.
+        """
+        refuse_other_prefixes(message, {"statistics/"} if self.options.start != "zero" else set())
+        if self.options.start != "zero":
+            self.read_statistics(message)
 
     def read_statistics(self, message: Message) -> ClassStatistics:
         prefix = "statistics/"
@@ -219,7 +235,7 @@ class Method:
                     client.data.features("validation"),
                     steps_lr=self.context.learning_rate,
                     batch_size=self.context.batch_size,
-                    epochs=max(1, self.context.rounds),
+                    epochs=self.rounds(),
                     seed=self.context.seed,
                     client=client.id,
                 )
@@ -292,6 +308,13 @@ class Method:
     def insight(self, state: State) -> Tensors:
         """[N, N] matrices worth a picture, rows and columns in the order of ``context.clients``."""
         return {}
+
+
+def refuse_other_prefixes(message: Message, allowed: set[str]) -> None:
+    """Raise MessageError for a tensor whose name begins with nothing that was agreed, and for any number."""
+    for name in (*message.tensors, *message.numbers):
+        if not any(name.startswith(prefix) for prefix in allowed):
+            raise MessageError(f"unknown {name!r} in a sketch; allowed: {', '.join(sorted(allowed)) or 'nothing'}")
 
 
 def statistics_tensors(statistics: ClassStatistics) -> Tensors:

@@ -32,7 +32,18 @@ from folklora.adapters.lowrank import Tensors, gaussian, orthonormal
 from folklora.data.mixtures import ClassMixtures, projection
 from folklora.data.release import release_statistics
 from folklora.data.statistics import ClassStatistics
-from folklora.methods.base import Client, Message, Method, Options, State, statistics_tensors
+from folklora.errors import MethodError
+from folklora.methods.aggregation import weighted_mean
+from folklora.methods.base import (
+    Client,
+    Context,
+    Message,
+    Method,
+    Options,
+    State,
+    refuse_other_prefixes,
+    statistics_tensors,
+)
 from folklora.methods.cka import linear_cka
 from folklora.methods.transport import data_distances, similarity
 from folklora.randomness import derive, torch_generator
@@ -44,7 +55,7 @@ class CELoRAOptions(Options):
     similarity: Literal["data", "model", "both", "uniform", "size"] = "both"
     basis: Literal["private", "frozen", "aligned"] = "private"
     lambda_: float = Field(0.5, ge=0, le=1, alias="lambda", description="weight of data similarity in `both`")
-    temperature: float = Field(0.5, gt=0)
+    temperature: float = Field(0.5, ge=1e-6)
     components: int = Field(
         3, ge=0, le=64, description="of each class's mixture; 0: one, read off the class statistics"
     )
@@ -67,7 +78,7 @@ class CELoRAOptions(Options):
 
     @property
     def uses_data(self) -> bool:
-        return self.similarity in {"data", "both"}
+        return self.similarity == "data" or (self.similarity == "both" and self.lambda_ > 0)
 
     @property
     def sends_statistics(self) -> bool:
@@ -85,6 +96,14 @@ class CELoRA(Method):
     travels = frozenset({"C"})
     options_type: ClassVar[type[Options]] = CELoRAOptions
     options: CELoRAOptions
+
+    def __init__(self, options: Options, context: Context) -> None:
+        super().__init__(options, context)
+        if self.options.projection > context.width:
+            raise MethodError(
+                f"method.projection = {self.options.projection} exceeds the features' width; "
+                f"allowed: 0 (none) to {context.width}"
+            )
 
     # -- factors -------------------------------------------------------------------------------------------------
 
@@ -148,6 +167,15 @@ class CELoRA(Method):
         seed = derive(self.context.seed, "mixture", client.id)
         return ClassMixtures.fit(features, labels, components=self.options.components, seed=seed)
 
+    def check_sketch(self, message: Message) -> None:
+        fitted = self.options.uses_data and self.options.components > 0
+        agreed = {"statistics/": self.options.sends_statistics, "mixture/": fitted}
+        refuse_other_prefixes(message, {prefix for prefix, expected in agreed.items() if expected})
+        if self.options.sends_statistics:
+            self.read_statistics(message)
+        if fitted:
+            self._read_mixtures(message)
+
     def begin(self, sketches: Mapping[str, Message]) -> State:
         state = super().begin(sketches)
         if self.options.uses_data:
@@ -160,7 +188,8 @@ class CELoRA(Method):
         known = [i for i, client in enumerate(clients) if client in sketches]
         mixtures = [self._read_mixtures(sketches[clients[i]]) for i in known]
         full = torch.eye(len(clients), dtype=torch.float64)
-        full[torch.tensor(known)[:, None], torch.tensor(known)] = torch.as_tensor(similarity(data_distances(mixtures)))
+        where = torch.tensor(known, dtype=torch.long)
+        full[where[:, None], where] = similarity(data_distances(mixtures))
         return full
 
     def _read_mixtures(self, message: Message) -> ClassMixtures:
@@ -178,22 +207,18 @@ class CELoRA(Method):
         cores = self._scaled_cores(messages)  # [K, L, r, r]
         weights, similarities = self._weights(state, messages, cores)
         mixed = self._mix(weights, cores)
-        state = {**state}
-        for i, client in enumerate(ids):
-            rank = self.context.ranks[client]
-            for site, core in zip(self.context.sites, mixed[i], strict=True):
-                state[f"mixed/{client}/C/{site.name}"] = (core[:rank, :rank] / self.adapter.scale(rank)).float()
+        others = [{n: t for n, t in m.tensors.items() if not n.startswith("C/")} for m in messages.values()]
+        mean = weighted_mean(others, self.weights(messages))  # a shared head, or nothing
+        state = {**state, **{f"global/{name}": tensor for name, tensor in mean.items()}}
         if self.options.similarity in {"uniform", "size"} and self.options.basis != "aligned":
-            # One core for all: whoever did not take part gets it too.
+            # One core for all, at the largest rank of all: whoever did not take part gets it too.
             for site, core in zip(self.context.sites, mixed[0], strict=True):
                 state[f"common/C/{site.name}"] = core.float()
-        others = {
-            n: [m.tensors[n] for m in messages.values()] for n in messages[ids[0]].tensors if not n.startswith("C/")
-        }
-        for name, tensors in others.items():  # a shared head, or shared norms
-            state[f"global/{name}"] = torch.einsum(
-                "k,k...->...", self.weights(messages), torch.stack(tensors).double()
-            ).float()
+        else:
+            for i, client in enumerate(ids):
+                rank = self.context.ranks[client]
+                for site, core in zip(self.context.sites, mixed[i], strict=True):
+                    state[f"mixed/{client}/C/{site.name}"] = (core[:rank, :rank] / self.adapter.scale(rank)).float()
         # Pictures want N x N; clients that were absent keep the row they had.
         where = torch.tensor([self.context.clients.index(client) for client in ids])
         for name, matrix in {"weights": weights, **similarities}.items():
@@ -205,8 +230,8 @@ class CELoRA(Method):
         return state
 
     def _scaled_cores(self, messages: Mapping[str, Message]) -> Tensor:
-        """``s_k C_k`` of all layers, zero-padded to the largest rank: [K, L, r, r] float64."""
-        most = max(self.context.ranks[client] for client in messages)
+        """``s_k C_k`` of all layers, zero-padded to the largest rank of all clients: [K, L, r, r] float64."""
+        most = max(self.context.ranks.values())
         stacks = []
         for client, message in messages.items():
             rank = self.context.ranks[client]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from folklora.methods.celora import CELoRA, CELoRAOptions
 
 
@@ -19,7 +21,7 @@ class FolkLoRAOptions(CELoRAOptions):
     head_start: Literal["zero", "sketched", "auto"] | None = "auto"
     basis: Literal["private", "frozen", "aligned"] = "frozen"
     similarity: Literal["data", "model", "both", "uniform", "size"] = "size"
-    components: int = 0
+    components: int = Field(0, ge=0, le=64, description="of each class's mixture; 0: read off the statistics")
 
 
 class FolkLoRA(CELoRA):

@@ -111,10 +111,10 @@ def client_accuracy(run: Run, theme: ThemeName = "light") -> Figure | None:
         clean(bottom, colors)
         _bars(top, places, accuracy, color)
         _bars(bottom, places, trained_on, colors.palette[GREY])
-        if any(value is not None for value in tuned):
+        if run.rounds and any(value is not None for value in tuned):
             values = [np.nan if value is None else value for value in tuned]
             top.plot(places, values, "D", color=colors.ink, markersize=4 if len(order) <= MANY_CLIENTS else 2)
-            top.plot([], [], "D", color=colors.ink, markersize=4, label="after tuning on own data")
+            top.plot([], [], "D", color=colors.ink, markersize=4, label="tuned at home, before the last reply")
         top.axhline(accuracy.mean(), color=colors.ink, linewidth=1, linestyle=(0, (4, 3)))
         top.plot(
             [],
@@ -229,7 +229,8 @@ RUN_PICTURES = (
     ),
     Picture(
         "clients",
-        "A bar is one client's accuracy on its own test split, best first; below it, how much it trained on.",
+        "A bar is one client's accuracy on its own test split with the model it ends with, best first; a diamond, the "
+        "model as its own last training left it, before the server's last reply. Below, how much it trained on.",
         client_accuracy,
     ),
     Picture(
@@ -245,7 +246,12 @@ RUN_PICTURES = (
         "client i's reply is mixed from.",
         similarity,
     ),
-    Picture("seconds", "The height of a bar is the wall time of a round; its parts are the phases.", seconds),
+    Picture(
+        "seconds",
+        "The height of a bar is the wall time of a round; its parts are the phases. Round 0 is what happens once, before "
+        "the first.",
+        seconds,
+    ),
     Picture(
         "traffic",
         "Bytes of encoded messages, summed over clients; what is sent once has a scale of its own.",

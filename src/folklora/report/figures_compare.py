@@ -25,10 +25,10 @@ from folklora.report.style import (
     pale,
     percent_axis,
     round_axis,
-    short,
     spread_apart,
+    title,
 )
-from folklora.report.tables import Spread, by_method, human_bytes, percent
+from folklora.report.tables import Spread, by_variant, human_bytes, percent
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,14 @@ class Curve:
     mean: np.ndarray
     std: np.ndarray
     sent: np.ndarray
+
+
+@dataclass(frozen=True)
+class Level:
+    """The one accuracy of a method without rounds, over seeds; `remark` says so where it is not validation."""
+
+    accuracy: float
+    remark: str
 
 
 def sent_per_client(run: Run) -> dict[int, float]:
@@ -122,8 +130,8 @@ def accuracy_per_round(comparison: Comparison, theme: ThemeName = "light") -> Fi
                 )
             ends.append((every[-1] if flat else each.rounds[-1], each.mean[-1], name, ""))
         for name, level in levels.items():
-            ax.axhline(level, color=style[name].color, linewidth=1.5, linestyle=DASHED)
-            ends.append((every[-1], level, name, " (test)"))
+            ax.axhline(level.accuracy, color=style[name].color, linewidth=1.5, linestyle=DASHED)
+            ends.append((every[-1], level.accuracy, name, level.remark))
         round_axis(ax, every)
         percent_axis(ax)
         low, high = ax.get_ylim()
@@ -131,7 +139,7 @@ def accuracy_per_round(comparison: Comparison, theme: ThemeName = "light") -> Fi
         places -= max(0.0, places.max() - 1.0) if len(places) else 0.0
         for (x, y, name, remark), place in zip(ends, places, strict=True):
             ax.annotate(
-                f"{short(name)} {percent(y)}{remark}",
+                f"{title(name)} {percent(y)}{remark}",
                 (x, y),
                 (1.035, place),
                 textcoords="axes fraction",
@@ -156,7 +164,7 @@ def accuracy_per_round(comparison: Comparison, theme: ThemeName = "light") -> Fi
 def accuracy_per_byte(comparison: Comparison, theme: ThemeName = "light") -> Figure | None:
     """Validation accuracy against the bytes a client has sent by then, the one-off bytes included."""
     curves, levels = _curves(comparison)
-    once = {name: value.mean for name, value in _spreads(comparison, "bytes_once_per_client").items()}
+    once = {name: _sent_in_all(comparison.finished_runs(name)) for name in levels}
     if not curves and not levels:
         return None
     with drawing(theme) as colors:
@@ -170,7 +178,7 @@ def accuracy_per_byte(comparison: Comparison, theme: ThemeName = "light") -> Fig
             if not sends.any():
                 ax.axhline(each.mean[-1], color=mark.color, linewidth=1.8, linestyle=DASHED)
                 handle = Line2D([], [], color=mark.color, linestyle=DASHED)
-                entries.append((each.mean[-1], f"{short(name)}  {percent(each.mean[-1])} %\nsends nothing", handle))
+                entries.append((each.mean[-1], f"{title(name)}  {percent(each.mean[-1])} %\nsends nothing", handle))
                 continue
             x, mean, std = each.sent[sends], each.mean[sends], each.std[sends]
             ax.fill_between(x, mean - std, mean + std, color=mark.color, alpha=0.13, linewidth=0)
@@ -185,7 +193,7 @@ def accuracy_per_byte(comparison: Comparison, theme: ThemeName = "light") -> Fig
             )
             ax.plot(x[-1], mean[-1], color=mark.color, marker=mark.marker, markersize=9, markeredgecolor=colors.paper)
             handle = Line2D([], [], color=mark.color, marker=mark.marker, linestyle=mark.line, markersize=7)
-            text = f"{short(name)}  {percent(mean[-1])} %\n{human_bytes(x[-1])} sent"
+            text = f"{title(name)}  {percent(mean[-1])} %\n{human_bytes(x[-1])} sent"
             entries.append((mean[-1], text, handle))
         for name, level in levels.items():
             mark = style[name]
@@ -196,12 +204,13 @@ def accuracy_per_byte(comparison: Comparison, theme: ThemeName = "light") -> Fig
                 "markersize": 9,
             }
             if once.get(name):
-                ax.plot([once[name]], [level], linestyle="none", **hollow)
+                ax.plot([once[name]], [level.accuracy], linestyle="none", **hollow)
                 handle, sent = Line2D([], [], linestyle="none", **hollow), f"{human_bytes(once[name])} sent"
             else:
-                ax.axhline(level, color=mark.color, linewidth=1.8, linestyle=DASHED)
+                ax.axhline(level.accuracy, color=mark.color, linewidth=1.8, linestyle=DASHED)
                 handle, sent = Line2D([], [], color=mark.color, linestyle=DASHED), "sends nothing"
-            entries.append((level, f"{short(name)}  {percent(level)} % (test)\n{sent}", handle))
+            text = f"{title(name)}  {percent(level.accuracy)} %{level.remark}\n{sent}"
+            entries.append((level.accuracy, text, handle))
         entries.sort(key=lambda entry: -entry[0])
         ax.legend(
             [handle for _, _, handle in entries],
@@ -229,7 +238,7 @@ def accuracy_per_byte(comparison: Comparison, theme: ThemeName = "light") -> Fig
 
 def final_accuracy(comparison: Comparison, theme: ThemeName = "light") -> Figure | None:
     """Final test accuracy of each method, a dot for each seed, and the worst tenth of the clients."""
-    groups = by_method(comparison.rows)
+    groups = by_variant(comparison.rows)
     means, worst = _spreads(comparison, "accuracy_mean"), _spreads(comparison, "accuracy_worst_tenth")
     names = [name for name in groups if name in means]
     if not names:
@@ -252,7 +261,7 @@ def final_accuracy(comparison: Comparison, theme: ThemeName = "light") -> Figure
             ax.annotate(
                 mean.show(percent), (right, place), (9, 0), textcoords="offset points", va="center", fontweight="bold"
             )
-        ax.set_yticks(range(len(names)), [short(name, 24) for name in names], color=colors.ink, fontsize=9.5)
+        ax.set_yticks(range(len(names)), [title(name) for name in names], color=colors.ink, fontsize=9.5)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_xlim(0, 1)
         percent_axis(ax, "x")
@@ -279,17 +288,17 @@ def client_profile(comparison: Comparison, theme: ThemeName = "light") -> Figure
     Clients are matched by their place, not by their id: another seed is another partition, whose client 3 is somebody
     else.
     """
-    groups = {
-        name: [[result.accuracy for result in run.results.values()] for run in _runs(comparison, name) if run.results]
-        for name in by_method(comparison.rows)
-    }
-    groups = {name: seeds for name, seeds in groups.items() if seeds}
+    groups: dict[str, list[list[float]]] = {}
+    for name in by_variant(comparison.rows):
+        results = [run.results.values() for run in comparison.finished_runs(name) if run.results]
+        if results:
+            groups[name] = [[result.accuracy for result in each] for each in results]
     if not groups:
         return None
-    columns = min(3, len(groups))
+    columns = min(3 if max(map(len, groups)) <= 20 else 2, len(groups))  # a title must fit over its panel
     lines = -(-len(groups) // columns)
     with drawing(theme) as colors:
-        style = marks(by_method(comparison.rows), colors)
+        style = marks(by_variant(comparison.rows), colors)
         figure = canvas(1.75 * lines + 0.6)
         panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
         for ax in panels.flat[len(groups) :]:
@@ -303,7 +312,7 @@ def client_profile(comparison: Comparison, theme: ThemeName = "light") -> Figure
             ax.set_ylim(0, 1)
             percent_axis(ax)
             ax.set_xticks([])
-            ax.set_title(f"{short(name)} {percent(heights.mean())}", fontsize=9.5, color=style[name].color, pad=5)
+            ax.set_title(f"{title(name)} {percent(heights.mean())}", fontsize=9.5, color=style[name].color, pad=5)
         for ax in panels[:, 0]:
             ax.set_ylabel("test accuracy")
         headline(figure, "Clients from the worst to the best served")
@@ -336,26 +345,30 @@ COMPARE_PICTURES = (
 )
 
 
-def _runs(comparison: Comparison, method: str) -> list[Run]:
-    return [run for run in comparison.runs if run.finished and run.method == method]
-
-
-def _curves(comparison: Comparison) -> tuple[dict[str, Curve], dict[str, float]]:
-    """Curves of the methods that were validated, and the test accuracy of those that never were."""
-    curves, levels = {}, {}
-    tests = _spreads(comparison, "accuracy_mean")
-    for name in by_method(comparison.rows):
-        runs = _runs(comparison, name)
+def _curves(comparison: Comparison) -> tuple[dict[str, Curve], dict[str, Level]]:
+    """Curves of the methods that were validated round by round, and the one level of those that never were."""
+    curves: dict[str, Curve] = {}
+    levels: dict[str, Level] = {}
+    for name, rows in by_variant(comparison.rows).items():
+        runs = comparison.finished_runs(name)
         each = curve(runs) if runs else None
         if each is not None:
             curves[name] = each
-        elif name in tests:
-            levels[name] = tests[name].mean
+        elif (last := Spread.of(rows, "validation_mean")) is not None:
+            levels[name] = Level(last.mean, "")
+        elif (last := Spread.of(rows, "accuracy_mean")) is not None:
+            levels[name] = Level(last.mean, " (test)")
     return curves, levels
 
 
+def _sent_in_all(runs: list[Run]) -> float:
+    """Bytes a client has sent when all is done: mean over clients and runs."""
+    totals = [[*sent_per_client(run).values()][-1:] for run in runs]
+    return float(np.mean([total for each in totals for total in each] or [0.0]))
+
+
 def _spreads(comparison: Comparison, key: str) -> dict[str, Spread]:
-    spreads = {name: Spread.of(group, key) for name, group in by_method(comparison.rows).items()}
+    spreads = {name: Spread.of(group, key) for name, group in by_variant(comparison.rows).items()}
     return {name: spread for name, spread in spreads.items() if spread is not None}
 
 

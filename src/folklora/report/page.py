@@ -10,11 +10,13 @@ from folklora.report.figures_compare import COMPARE_PICTURES
 from folklora.report.reading import Comparison, Run, read_comparison, read_run
 from folklora.report.render import Card, Page, Preformatted, Sheet, draw, write_page
 from folklora.report.tables import (
+    CHOICE,
+    FIRST,
+    MORE,
     NOTHING,
     Spread,
-    by_method,
-    cells,
-    header,
+    by_variant,
+    grid,
     human_bytes,
     human_seconds,
     note,
@@ -44,6 +46,12 @@ def write_report(run_dir: str | Path) -> Path:
             f"This run is not finished: {done}{of} rounds are on record and there is no summary.json yet. "
             "What follows is validation, not the test."
         )
+    if run.stopped_early:
+        done, planned = run.rounds[-1].round, run.section("train").get("rounds")
+        notices.append(
+            f"Stopped early: {done} of {planned} rounds; what follows is the model of round "
+            f"{(run.row or {}).get('rounds', done)}, the best on validation."
+        )
     drops = [(line.round, client, reason) for line in run.lines for client, reason in line.failed.items()]
     tables = [_clients_sheet(run, drops)]
     if drops:
@@ -66,7 +74,7 @@ def write_report(run_dir: str | Path) -> Path:
         cards=_run_cards(run),
         tables=tables,
         images=images,
-        texts=[Preformatted("Recipe", run.recipe_text)],
+        texts=[Preformatted("Recipe", run.recipe_text), *_environments([run])],
     )
     return write_page(run.path / "report.html", page)
 
@@ -90,15 +98,20 @@ def write_compare_report(compare_dir: str | Path) -> Path:
             f"This comparison is not finished: {len(rows)} of the {len(comparison.runs)} runs begun have a result"
             f"{names}."
         )
-    first = {run.method: run for run in reversed(comparison.runs)}
+    first: dict[str, Run] = {}
+    for name, run in zip(comparison.labels, comparison.runs, strict=True):
+        first.setdefault(name, run)
     tables = []
     if rows:
-        table = Sheet("Methods, best first", header(), cells(rows), note=note(rows), first_is_best=True)
-        tables = [table, _runs_sheet(comparison)]
+        tables = [
+            Sheet("Methods, best first", *grid(rows, FIRST), note=note(rows), first_is_best=True),
+            Sheet("More numbers", *grid(rows, MORE), folded=True),
+            _runs_sheet(comparison),
+        ]
     sources = sorted({_source(run) for run in comparison.runs})
     page = Page(
         kind="FolkLoRA comparison",
-        title=f"{len(first)} method{'s' * (len(first) != 1)} on {', '.join(sources)}",
+        title=f"{_counted(comparison)} on {', '.join(sources)}",
         lead=_compare_lead(comparison),
         facts=_run_facts(comparison.runs[0], seeds=[run.seed for run in comparison.runs]),
         source=f"the folder {comparison.path.resolve().name}",
@@ -106,7 +119,8 @@ def write_compare_report(compare_dir: str | Path) -> Path:
         tables=tables,
         images=images,
         texts=[
-            Preformatted(f"Recipe of {name}, seed {run.seed}", run.recipe_text) for name, run in sorted(first.items())
+            *(Preformatted(f"Recipe of {name}, seed {run.seed}", run.recipe_text) for name, run in first.items()),
+            *_environments(comparison.runs),
         ],
     )
     return write_page(comparison.path / "report.html", page)
@@ -115,9 +129,12 @@ def write_compare_report(compare_dir: str | Path) -> Path:
 def _run_lead(run: Run) -> str:
     number = len(run.clients)
     clients = f"{number} client{'s' * (number != 1)}"
-    up = (run.row or {}).get("bytes_up_per_client_round")
+    row = run.row or {}
+    up, once = row.get("bytes_up_per_client_round"), row.get("bytes_once_per_client")
     cost = "" if up is None else f", for {human_bytes(up)} sent per client and round"
-    accuracy = (run.row or {}).get("accuracy_mean")
+    if row.get("rounds") == 0 and once is not None:
+        cost = f", for {human_bytes(once)} per client, once"
+    accuracy = row.get("accuracy_mean")
     if accuracy is not None:
         return f"{percent(accuracy)} % test accuracy on average over {clients}{cost}."
     if run.evaluated:
@@ -127,7 +144,7 @@ def _run_lead(run: Run) -> str:
 
 
 def _compare_lead(comparison: Comparison) -> str:
-    spreads = {name: Spread.of(group, "accuracy_mean") for name, group in by_method(comparison.rows).items()}
+    spreads = {name: Spread.of(group, "accuracy_mean") for name, group in by_variant(comparison.rows).items()}
     known = [(name, spread) for name, spread in spreads.items() if spread is not None]
     if not known:
         return "No run has a test result yet."
@@ -138,12 +155,28 @@ def _compare_lead(comparison: Comparison) -> str:
     return lead + "."
 
 
+def _counted(comparison: Comparison) -> str:
+    """``5 methods``, or ``7 variants of 2 methods``."""
+    variants, methods = len(set(comparison.labels)), len({run.method for run in comparison.runs})
+    count = f"{methods} method{'s' * (methods != 1)}"
+    return count if variants == methods else f"{variants} variants of {count}"
+
+
+def _environments(runs: Sequence[Run]) -> list[Preformatted]:
+    texts = ["\n".join(f"{key} {value}" for key, value in run.environment.items()) for run in runs if run.environment]
+    different = list(dict.fromkeys(texts))
+    return [Preformatted("Environment" + "s" * (len(different) > 1), "\n\n".join(different))] if different else []
+
+
 def _run_facts(run: Run, seeds: Sequence[int | None] | None = None) -> list[str]:
     data, train = run.section("data"), run.section("train")
     kind = data.get("partition")
     skew = {"dirichlet": "alpha", "pathological": "classes_per_client", "natural": "by", "shards": "shards_per_client"}
     option = skew.get(str(kind), "")
     detail = f" ({option.replace('_', ' ')} {data[option]})" if data.get(option) is not None else ""
+    planned = train.get("rounds")
+    if seeds is None and run.finished and not run.stopped_early:
+        planned = len(run.rounds)  # a method that trains nothing has none, whatever the recipe says
     many = sorted({seed for seed in seeds or [run.seed] if seed is not None})
     facts = [
         f"{len(run.clients)} client{'s' * (len(run.clients) != 1)}",
@@ -151,7 +184,7 @@ def _run_facts(run: Run, seeds: Sequence[int | None] | None = None) -> list[str]
         f"partition {kind}{detail}" if kind else "",
         f"model {Path(str(run.section('model').get('name'))).name}" if run.section("model").get("name") else "",
         f"rank {rank}" if (rank := run.section("adapter").get("rank")) is not None else "",
-        f"{train['rounds']} rounds" if "rounds" in train else "",
+        f"{planned} round{'s' * (planned != 1)}" if planned is not None else "",
         f"seed{'s' * (len(many) > 1)} {', '.join(map(str, many))}" if many else "",
     ]
     return [fact for fact in facts if fact]
@@ -169,7 +202,9 @@ def _run_cards(run: Run) -> list[Card]:
     beside = f"± {percent(spread)} std over clients" if spread is not None else ""
     add("Test accuracy, mean", "accuracy_mean", percent, " %", beside)
     add("Worst tenth of clients", "accuracy_worst_tenth", percent, " %", "test accuracy")
-    add("After local tuning", "accuracy_tuned_mean", percent, " %", "mean over clients")
+    if run.rounds:
+        add("Tuned at home", "accuracy_tuned_mean", percent, " %", "before the server's last reply")
+        add("Each client's choice", "accuracy_chosen_mean", percent, " %", "with or without that reply, by validation")
     add("Global model", "accuracy_global", percent, " %", "on the common test set")
     if not run.finished and run.evaluated:
         last, validation = run.evaluated[-1]
@@ -181,8 +216,9 @@ def _run_cards(run: Run) -> list[Card]:
             )
     down = row.get("bytes_down_per_client_round")
     beside = "per client and round" + (f"; {human_bytes(down)} down" if down is not None else "")
-    add("Sent up", "bytes_up_per_client_round", human_bytes, "", beside)
-    add("Sent once", "bytes_once_per_client", human_bytes, "", "per client, before the first round")
+    if run.rounds:
+        add("Sent up", "bytes_up_per_client_round", human_bytes, "", beside)
+    add("Sent once", "bytes_once_per_client", human_bytes, "", "per client, up and down")
     total = row.get("seconds_total")
     add(
         "Training time",
@@ -203,11 +239,17 @@ def _clients_sheet(run: Run, drops: Sequence[tuple[int, str, str]]) -> Sheet:
     dropped: dict[str, int] = {}
     for _, client, _ in drops:
         dropped[client] = dropped.get(client, 0) + 1
+    sent, received = dict.fromkeys(run.clients, 0), dict.fromkeys(run.clients, 0)
+    for line in run.lines:
+        for total, counts in ((sent, line.bytes_up_clients), (received, line.bytes_down_clients)):
+            for client, count in counts.items():
+                total[client] = total.get(client, 0) + count
     last = run.evaluated[-1][1].clients if run.evaluated else {}
     lines = []
     for client in run.clients[:MOST_LINES]:
         result, size = run.results.get(client), run.examples[client]
         tuned = result.accuracy_tuned if result else None
+        chosen = result.accuracy_chosen if result else None
         lines.append(
             [
                 client,
@@ -217,6 +259,9 @@ def _clients_sheet(run: Run, drops: Sequence[tuple[int, str, str]]) -> Sheet:
                 percent(last[client]) if client in last else NOTHING,
                 percent(result.accuracy) if result else NOTHING,
                 percent(tuned) if tuned is not None else NOTHING,
+                percent(chosen) if chosen is not None else NOTHING,
+                human_bytes(sent[client]),
+                human_bytes(received[client]),
             ]
         )
     titles = [
@@ -229,22 +274,25 @@ def _clients_sheet(run: Run, drops: Sequence[tuple[int, str, str]]) -> Sheet:
         "last validation %",
         "test %",
         "tuned %",
+        "chosen %",
+        "sent",
+        "received",
     ]
-    return Sheet(_cut("Clients and participation", len(run.clients)), titles, lines, folded=True)
+    return Sheet(_cut("Clients and participation", len(run.clients)), titles, lines, note=CHOICE, folded=True)
 
 
 def _runs_sheet(comparison: Comparison) -> Sheet:
     lines = []
-    for run in comparison.runs:
+    for name, run in zip(comparison.labels, comparison.runs, strict=True):
         row = run.row or {}
         failed = sum(len(line.failed) for line in run.lines)
         accuracy = row.get("accuracy_mean")
         lines.append(
             [
                 run.path.name,
-                run.method,
+                name,
                 str(run.seed),
-                str(len(run.rounds)),
+                f"{len(run.rounds)}{', stopped early' if run.stopped_early else ''}",
                 str(failed),
                 NOTHING if accuracy is None else percent(accuracy),
                 NOTHING if row.get("seconds_total") is None else human_seconds(row["seconds_total"]),

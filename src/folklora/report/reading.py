@@ -51,6 +51,8 @@ class Round(_Record):
     validation: Validation | None = None
     bytes_up: int = Field(0, ge=0)
     bytes_down: int = Field(0, ge=0)
+    bytes_up_clients: dict[str, int] = {}
+    bytes_down_clients: dict[str, int] = {}
     aggregation_error: float | None = None
     seconds: dict[str, float] = {}
 
@@ -64,16 +66,19 @@ class Examples(_Record):
 
 
 class ClientResult(_Record):
-    """A client's line in ``summary.json``."""
+    """A client's line in ``summary.json``: its model after the server's last reply, before it, and the one it keeps."""
 
     accuracy: float
     accuracy_tuned: float | None = None
+    accuracy_chosen: float | None = None
     examples: Examples = Examples()
 
 
 class _Summary(_Record):
     row: dict[str, Any]
     clients: dict[str, ClientResult] = {}
+    stopped_early: bool = False
+    environment: dict[str, Any] = {}
 
 
 class _Indices(_Record):
@@ -117,6 +122,10 @@ class Run:
         The compare row and each client's test results; None and empty until the run is finished.
     insights
         Name -> [clients, clients] matrix, those of `INSIGHTS` that the method left.
+    stopped_early
+        Whether early stopping ended the run before its last round.
+    environment
+        What it was computed with: versions, device, compute type.
     """
 
     path: Path
@@ -130,6 +139,8 @@ class Run:
     row: Row | None
     results: dict[str, ClientResult]
     insights: dict[str, np.ndarray]
+    stopped_early: bool
+    environment: dict[str, Any]
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -170,12 +181,32 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A folder of compared runs; `finished` says whether ``compare.json`` was written."""
+    """A folder of compared runs.
+
+    Attributes
+    ----------
+    rows
+        The rows of the finished runs.
+    runs, labels
+        The runs begun, and what each is called: see `label`.
+    finished
+        Whether ``compare.json`` was written and no run beside it still waits for its result.
+    """
 
     path: Path
     rows: tuple[Row, ...]
     runs: tuple[Run, ...]
+    labels: tuple[str, ...]
     finished: bool
+
+    def finished_runs(self, name: str) -> list[Run]:
+        """The finished runs of one label."""
+        return [run for run, own in zip(self.runs, self.labels, strict=True) if own == name and run.finished]
+
+
+def label(row: Row) -> str:
+    """What a row's runs are grouped and shown by: its variant (``celora:similarity=uniform``), else its method."""
+    return str(row.get("variant") or row.get("method") or "unknown method")
 
 
 def read_run(path: str | Path) -> Run:
@@ -216,6 +247,8 @@ def read_run(path: str | Path) -> Run:
         row=summary.row if summary else None,
         results=summary.clients if summary else {},
         insights=_insights(path / "insight.safetensors", len(partition.clients)),
+        stopped_early=summary.stopped_early if summary else False,
+        environment=summary.environment if summary else {},
     )
 
 
@@ -237,11 +270,29 @@ def read_comparison(path: str | Path) -> Comparison:
             raise RunError(f"{path / 'compare.json'}: run {stray!r} is not the name of a folder beside it")
         if not compare.rows:
             raise RunError(f"{path / 'compare.json'}: holds no rows")
-        return Comparison(path, tuple(compare.rows), tuple(read_run(path / name) for name in compare.runs), True)
-    runs = [read_run(folder.parent) for folder in sorted(path.glob("*/recipe.toml"))]
+        if len(compare.rows) != len(compare.runs):
+            raise RunError(f"{path / 'compare.json'}: {len(compare.rows)} rows for {len(compare.runs)} runs")
+        listed = [read_run(path / name) for name in compare.runs]
+        # It is written anew after every run: one that stands beside it without a result is in progress.
+        waiting = [run for run in _runs_inside(path, set(compare.runs)) if not run.finished]
+        labels = (*map(label, compare.rows), *map(_label_of_folder, waiting))
+        return Comparison(path, tuple(compare.rows), (*listed, *waiting), labels, not waiting)
+    runs = _runs_inside(path, set())
     if not runs:
         raise RunError(f"{path}: not a folder of compared runs (neither compare.json nor run directories in it)")
-    return Comparison(path, tuple(run.row for run in runs if run.row is not None), tuple(runs), False)
+    rows = tuple({**run.row, "variant": _label_of_folder(run)} for run in runs if run.row is not None)
+    return Comparison(path, rows, tuple(runs), tuple(map(_label_of_folder, runs)), False)
+
+
+def _runs_inside(path: Path, listed: set[str]) -> list[Run]:
+    folders = (recipe.parent for recipe in sorted(path.glob("*/recipe.toml")))
+    return [read_run(folder) for folder in folders if folder.name not in listed]
+
+
+def _label_of_folder(run: Run) -> str:
+    """`label`, as far as the name that `compare` gives a run's folder tells it."""
+    name = run.path.resolve().name.removesuffix(f"-s{run.seed}").replace("__", ":")
+    return name if name.partition(":")[0] == run.method else run.method
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

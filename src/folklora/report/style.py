@@ -84,7 +84,7 @@ THEMES: dict[ThemeName, Theme] = {
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", "h")
 GREY = 9  # the last colour: what takes part without the others, and what is only a reference
 # A taste, not a registry: a method that is not named here gets the colour its name hashes to.
-TASTE = ("celora", "fedit", "rolora", "flora", "fedex", "ffa", "hafl", "fedamole", "fedaf")
+TASTE = ("celora", "fedit", "folklora", "rolora", "ffa", "fedsa", "sketch", "flora", "fedex")
 
 # Names of clients and classes come in any script; the first of these that is installed fills what DejaVu lacks.
 FALLBACK = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "Hiragino Sans")
@@ -203,15 +203,22 @@ def short(name: str, length: int = 18) -> str:
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def marks(names: Iterable[str], theme: Theme) -> dict[str, Mark]:
-    """The mark of each method: by its name, and different within one picture.
+def title(name: str, length: int = 30) -> str:
+    """A method or variant fit for a picture; a long one keeps its end, where variants of one method differ."""
+    line = short(name, len(name))
+    half = (length - 1) // 2
+    return line if len(line) <= length else f"{line[: length - 1 - half]}…{line[-half:]}"
 
-    A name without a preferred colour takes the one it hashes to, or the next free one. When all are taken, colours are
-    shared with another marker and a dotted line; the grey of the reference is never shared.
+
+def marks(names: Iterable[str], theme: Theme) -> dict[str, Mark]:
+    """The mark of each method or variant: by its name, and different within one picture.
+
+    A name without a preferred colour takes the one it hashes to, or the next free one, plain methods before variants.
+    When all are taken, colours are shared with another marker and a dotted line; the grey of the reference never is.
     """
     result: dict[str, Mark] = {}
     uses = [0] * GREY
-    for name in sorted(set(names), key=lambda name: (_preferred(name) is None, name)):
+    for name in sorted(set(names), key=lambda name: (_preferred(name) is None, ":" in name, name)):
         slot = _preferred(name)
         if slot == GREY:
             result[name] = Mark(theme.palette[GREY], MARKERS[GREY])

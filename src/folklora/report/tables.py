@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from folklora.report.reading import Row
+from folklora.report.reading import Row, label
 
 NOTHING = "—"
 
@@ -40,7 +43,7 @@ class Spread:
 class Column:
     """A column of the comparison: its title, the key of the row and how a number is written.
 
-    A `counted` number is exact: where the seeds agree on it, there is no spread to speak of.
+    A `counted` number is exact for its run: its mean over seeds (who hold other partitions) is shown without a spread.
     """
 
     title: str
@@ -53,7 +56,7 @@ class Column:
         spread = Spread.of(rows, self.key)
         if spread is None:
             return NOTHING
-        return self.number(spread.mean) if self.counted and spread.std == 0 else spread.show(self.number)
+        return self.number(spread.mean) if self.counted else spread.show(self.number)
 
 
 def human_bytes(count: float) -> str:
@@ -90,13 +93,14 @@ def _seconds(value: float) -> str:
 
 
 def _error(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:.2g}"
 
 
 COLUMNS = (
     Column("accuracy %", "accuracy_mean", percent),
     Column("worst tenth %", "accuracy_worst_tenth", percent),
     Column("tuned %", "accuracy_tuned_mean", percent),
+    Column("chosen %", "accuracy_chosen_mean", percent),
     Column("global %", "accuracy_global", percent),
     Column("up / client / round", "bytes_up_per_client_round", human_bytes, counted=True),
     Column("once / client", "bytes_once_per_client", human_bytes, counted=True),
@@ -105,11 +109,30 @@ COLUMNS = (
 )
 
 
-def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each method, methods sorted by mean accuracy, best first; those without a number come last."""
+# What the page shows at first sight, and what it keeps for those who look closer.
+FIRST = [column for column in COLUMNS if column.title not in {"tuned %", "aggregation error"}]
+MORE = (
+    Column("accuracy %", "accuracy_mean", percent),
+    Column("tuned %", "accuracy_tuned_mean", percent),
+    Column("weighted %", "accuracy_weighted", percent),
+    Column("std over clients", "accuracy_std_clients", percent),
+    Column("down / client / round", "bytes_down_per_client_round", human_bytes, counted=True),
+    Column("rounds", "rounds", "{:g}".format),
+    Column("total s", "seconds_total", _seconds),
+    Column("aggregation error", "aggregation_error", _error),
+)
+
+CHOICE = (
+    "Tuned: the model as a client's own training leaves it, before the server's last reply. Chosen: each client keeps, "
+    "by its validation split, that one or the one with the reply."
+)
+
+
+def by_variant(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each method or variant, sorted by mean accuracy, best first; those without a number come last."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(str(row.get("method", "unknown method")), []).append(row)
+        groups.setdefault(label(row), []).append(row)
 
     def place(name: str) -> tuple[float, str]:
         accuracy = Spread.of(groups[name], "accuracy_mean")
@@ -118,26 +141,30 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {name: groups[name] for name in sorted(groups, key=place)}
 
 
-def header() -> list[str]:
-    """The titles of `cells`."""
-    return ["method", *(column.title for column in COLUMNS), "seeds"]
-
-
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The body of the table as strings, best method first."""
-    groups = by_method(rows)
-    return [[name, *(column.show(group) for column in COLUMNS), str(len(group))] for name, group in groups.items()]
+def grid(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> tuple[list[str], list[list[str]]]:
+    """Titles and lines of the table as strings, best method first; a column without any number is left out."""
+    shown = [column for column in columns if Spread.of(rows, column.key) is not None]
+    lines = [
+        [name, *(column.show(group) for column in shown), str(len(group))] for name, group in by_variant(rows).items()
+    ]
+    return ["method", *(column.title for column in shown), "seeds"], lines
 
 
 def note(rows: Sequence[Row]) -> str:
-    """How to read the table, in one line."""
-    seeds = sorted({len(group) for group in by_method(rows).values()})
-    if seeds == [1]:
-        return "One seed a method: no spread is known, so small differences may be chance."
+    """How to read the table, in a few sentences."""
+    seeds = sorted({len(group) for group in by_variant(rows).values()})
     span = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return (
-        f"Mean ± sample standard deviation over {span} seeds. Accuracies are means over the clients' own test splits."
-    )
+    parts = [
+        "One seed a method: no spread is known, so small differences may be chance."
+        if seeds == [1]
+        else f"Mean ± sample standard deviation over {span} seeds.",
+        "Accuracies are means over the clients' own test splits.",
+    ]
+    if Spread.of(rows, "bytes_once_per_client") is not None:
+        parts.append("Up: bytes a client sends in a round; once: before the first round, both ways.")
+    if Spread.of(rows, "accuracy_chosen_mean") is not None:
+        parts.append(CHOICE)
+    return " ".join(parts)
 
 
 def compare_table(rows: Sequence[Row]) -> str:
@@ -146,22 +173,50 @@ def compare_table(rows: Sequence[Row]) -> str:
     Parameters
     ----------
     rows
-        Compare rows (the ``row`` of ``summary.json``); rows of one method are its seeds.
+        Compare rows (the ``row`` of ``summary.json``); rows of one method or variant are its seeds.
     """
-    titles = header()
+    titles, body = grid(rows)
     lines = ["| " + " | ".join(titles) + " |", "| :-- |" + " --: |" * (len(titles) - 1)]
-    lines += ["| " + " | ".join(_markdown(cell) for cell in line) + " |" for line in cells(rows)]
+    lines += ["| " + " | ".join(_markdown(cell) for cell in line) + " |" for line in body]
     return "\n".join([*lines, "", note(rows)]) + "\n"
 
 
-def rich_table(rows: Sequence[Row]) -> Table:
-    """The comparison for the terminal, best method first."""
-    table = Table(box=box.SIMPLE_HEAD, caption=note(rows), caption_justify="left", header_style="bold")
-    for index, title in enumerate(header()):
-        table.add_column(title, justify="right" if index else "left", no_wrap=index == 0)
-    for index, line in enumerate(cells(rows)):
-        table.add_row(*(Text(cell) for cell in line), style="bold" if index == 0 else "")
-    return table
+# What a narrow terminal does without, in this order; the report has it all.
+SPARE = ("aggregation error", "tuned %", "global %", "seeds", "train s", "chosen %", "once / client", "worst tenth %")
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """The comparison for the terminal, best method first; columns that do not fit its width are left out and named."""
+
+    rows: Sequence[Row]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        left_out: list[str] = []
+        spare = [title for title in SPARE if title in grid(self.rows)[0]]
+        roomy = options.update(max_width=10_000)  # else the answer is cut to the width there is
+        while spare and Measurement.get(console, roomy, self._table(left_out)).maximum > options.max_width:
+            left_out.append(spare.pop(0))
+        yield self._table(left_out)
+        yield Text(note(self.rows), style="dim")
+        if left_out:
+            yield Text(f"Not shown, for lack of width: {', '.join(left_out)}.", style="dim")
+
+    def _table(self, left_out: Sequence[str]) -> Table:
+        titles, lines = grid(self.rows)
+        kept = [i for i, title in enumerate(titles) if title not in left_out]
+        table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+        for i in kept:
+            title = Text(textwrap.fill(titles[i], 10, break_long_words=False))
+            table.add_column(title, justify="right" if i else "left", no_wrap=True, vertical="bottom")
+        for place, line in enumerate(lines):
+            table.add_row(*(Text(line[i]) for i in kept), style="bold" if place == 0 else "")
+        return table
+
+
+def rich_table(rows: Sequence[Row]) -> ComparisonTable:
+    """The comparison for the terminal: see `ComparisonTable`."""
+    return ComparisonTable(rows)
 
 
 def _markdown(text: str) -> str:

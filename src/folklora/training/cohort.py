@@ -40,7 +40,7 @@ class Job:
     trained
         Names among them that receive gradients.
     moments
-        Optimiser state from an earlier round (``m/<name>``, ``v/<name>``, ``steps``), or empty to start fresh.
+        Optimiser state from earlier rounds (``m/<name>``, ``v/<name>``, ``steps/<name>``), or empty to start fresh.
     """
 
     client: str
@@ -166,7 +166,8 @@ class _Cohort:
         flat = [stacks.pop(name).flatten(1) for name in self.trained]
         self.frozen = stacks
         self.rows = Rows(torch.cat(flat, dim=1), self.shapes)
-        self.optimizer = build(trainer.train, len(jobs), self.rows.values.shape[1], self.device)
+        widths = [shape.numel() for shape in self.shapes.values()]
+        self.optimizer = build(trainer.train, len(jobs), widths, self.device)
         self.scales = torch.tensor([trainer.adapter.scale(job.rank) for job in jobs], device=self.device)
         for k, job in enumerate(jobs):
             self._restore_moments(k, job)
@@ -209,11 +210,13 @@ class _Cohort:
             tensors[name] = from_stack(name, self.rows.leaves[name][k], job.rank)
         moments: Tensors = {}
         if self.trainer.train.optimizer_state == "kept":
+            moments.update(job.moments)  # tensors that rest this round keep theirs
             for moment, values in self.optimizer.moments.items():
                 for name in self.trained:
                     shaped = values[k, self.rows.columns[name]].view(self.shapes[name])
                     moments[f"{moment}/{name}"] = from_stack(name, shaped, job.rank)
-            moments["steps"] = self.optimizer.steps[k].cpu().clone()
+            for i, name in enumerate(self.trained):
+                moments[f"steps/{name}"] = self.optimizer.steps[k, i].cpu().clone()
         return Fitted(job.client, tensors, slot.loss / slot.seen, slot.done, moments)
 
     def seat(self, k: int, job: Job) -> None:
@@ -245,8 +248,9 @@ class _Cohort:
             for name in self.trained:
                 if (saved := job.moments.get(f"{moment}/{name}")) is not None:
                     values[k, self.rows.columns[name]] = to_stack(name, saved, self.rank).reshape(-1)
-        if "steps" in job.moments and all(f"m/{name}" in job.moments for name in self.trained):
-            self.optimizer.steps[k] = job.moments["steps"]
+        for i, name in enumerate(self.trained):
+            if (steps := job.moments.get(f"steps/{name}")) is not None:
+                self.optimizer.steps[k, i] = steps
 
 
 class _Dropout:
@@ -257,7 +261,7 @@ class _Dropout:
     """
 
     def __init__(self, probability: float, batch: Batch, slots: Sequence[Slot], bank: Bank) -> None:
-        self.threshold = round(probability * 65536)
+        self.threshold = min(round(probability * 65536), 65535)
         self.generators = [slot.dropout for slot in slots]
         self.device = bank.row_clients.device
         segments, positions = batch.segments.reshape(-1), batch.positions.reshape(-1)

@@ -1,12 +1,14 @@
 """AdamW and SGD for K clients at once: one row of a [K, P] matrix is one client.
 
-Each row has its own step count, learning rate and gradient norm, so it moves exactly as a torch optimiser would move
-that client alone (tested against ``torch.optim``).
+Each row has its own step counts, learning rate and gradient norm, so it moves exactly as a torch optimiser would move
+that client alone (tested against ``torch.optim``). Steps are counted per tensor (a range of columns), because a method
+may train other tensors in every other round and keep the optimiser's state.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -16,7 +18,7 @@ from folklora.recipe import TrainSection
 
 
 class RowOptimizer(Protocol):
-    """Moves rows of parameters; ``moments`` are its state, [K, P] each."""
+    """Moves rows of parameters; ``moments`` are its state, [K, P] each, and ``steps`` [K, tensors]."""
 
     moments: dict[str, Tensor]
     steps: Tensor
@@ -27,9 +29,10 @@ class RowOptimizer(Protocol):
 class AdamW:
     """Decoupled weight decay, arXiv 1711.05101; betas 0.9, 0.999, eps 1e-8 as in torch."""
 
-    def __init__(self, rows: int, columns: int, weight_decay: float, device: torch.device) -> None:
-        self.moments = {name: torch.zeros(rows, columns, device=device) for name in ("m", "v")}
-        self.steps = torch.zeros(rows, dtype=torch.float64, device=device)
+    def __init__(self, rows: int, widths: Sequence[int], weight_decay: float, device: torch.device) -> None:
+        self.moments = {name: torch.zeros(rows, sum(widths), device=device) for name in ("m", "v")}
+        self.steps = torch.zeros(rows, len(widths), dtype=torch.float64, device=device)
+        self.widths = torch.tensor(widths, device=device)
         self.weight_decay = weight_decay
 
     def step(self, values: Tensor, grads: Tensor, lr: Tensor) -> None:
@@ -40,18 +43,24 @@ class AdamW:
             values.mul_((1 - lr * self.weight_decay)[:, None])
         m.lerp_(grads, 1 - beta1)
         v.mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
-        size = (lr.double() / (1 - beta1**self.steps)).float()
+        size = (lr.double()[:, None] / (1 - beta1**self.steps)).float()
         root = torch.sqrt(1 - beta2**self.steps).float()
-        denominator = v.sqrt().div_(root[:, None]).add_(eps)
-        values.sub_((m * size[:, None]).div_(denominator))
+        denominator = v.sqrt().div_(self._columns(root)).add_(eps)
+        values.sub_((m * self._columns(size)).div_(denominator))
+
+    def _columns(self, each: Tensor) -> Tensor:
+        """One number a tensor, [K, tensors] -> one number a column, [K, P]."""
+        return each.repeat_interleave(self.widths, dim=1)
 
 
 class SGD:
     """SGD with (heavy-ball) momentum and L2 weight decay, as ``torch.optim.SGD``."""
 
-    def __init__(self, rows: int, columns: int, momentum: float, weight_decay: float, device: torch.device) -> None:
-        self.moments = {"m": torch.zeros(rows, columns, device=device)} if momentum else {}
-        self.steps = torch.zeros(rows, dtype=torch.float64, device=device)
+    def __init__(
+        self, rows: int, widths: Sequence[int], momentum: float, weight_decay: float, device: torch.device
+    ) -> None:
+        self.moments = {"m": torch.zeros(rows, sum(widths), device=device)} if momentum else {}
+        self.steps = torch.zeros(rows, len(widths), dtype=torch.float64, device=device)
         self.momentum = momentum
         self.weight_decay = weight_decay
 
@@ -64,11 +73,11 @@ class SGD:
         values.sub_(lr[:, None] * grads)
 
 
-def build(train: TrainSection, rows: int, columns: int, device: torch.device) -> RowOptimizer:
-    """The recipe's optimiser for ``rows`` clients of ``columns`` trained numbers each."""
+def build(train: TrainSection, rows: int, widths: Sequence[int], device: torch.device) -> RowOptimizer:
+    """The recipe's optimiser for ``rows`` clients, each with trained tensors of ``widths`` numbers."""
     if train.optimizer == "sgd":
-        return SGD(rows, columns, train.momentum, train.weight_decay, device)
-    return AdamW(rows, columns, train.weight_decay, device)
+        return SGD(rows, widths, train.momentum, train.weight_decay, device)
+    return AdamW(rows, widths, train.weight_decay, device)
 
 
 def clip_rows(grads: Tensor, limit: float) -> None:
@@ -82,7 +91,7 @@ def schedule(train: TrainSection, step: int, total: int) -> float:
     warmup = round(train.warmup * total)
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
     match train.schedule:
         case "linear":
             return 1 - progress

@@ -1,0 +1,162 @@
+"""A small federation without a model: made-up features, random local training, messages through the codec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from folklora.adapters.lowrank import Site, Tensors
+from folklora.federation.codec import decode, encode
+from folklora.methods import build
+from folklora.methods.base import Client, Context, Message, Method, State
+from folklora.randomness import derive, torch_generator
+
+SITES = (Site("layer.0.query", 10, 12), Site("layer.1.value", 8, 7))
+CLASSES, WIDTH, ALPHA = 4, 6, 6.0
+IDS = ("ann", "bob", "cid", "dot", "eve")
+
+
+@dataclass
+class Features:
+    """A client's features and labels by split."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+
+    def features(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
+        return self.train if split == "train" else self.validation
+
+
+def made_up(client: str, count: int, seed: int) -> Features:
+    """Classes around common centres, a label distribution and a shift of the client's own."""
+    centres = 2 * torch.randn(CLASSES, WIDTH, generator=torch_generator(seed, "centres"))
+    random = torch_generator(seed, "features", client)
+    shift = 0.5 * torch.randn(WIDTH, generator=random)
+    odds = torch.rand(CLASSES, generator=random) + 0.1
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        labels = torch.multinomial(odds, n, replacement=True, generator=random)
+        return centres[labels] + shift + torch.randn(n, WIDTH, generator=random), labels
+
+    return Features(draw(count), draw(max(2, count // 3)))
+
+
+def over_the_wire(message: Message | None) -> Message | None:
+    return None if message is None else decode(encode(message))
+
+
+@dataclass
+class Federation:
+    """A method, its clients, and the server's state; what `Rounds` does with them, in a few lines."""
+
+    method: Method
+    clients: dict[str, Client]
+    state: State = field(default_factory=dict)
+
+    def sketches(self, missing: Sequence[str] = ()) -> dict[str, Message]:
+        found = {i: over_the_wire(self.method.sketch(c)) for i, c in self.clients.items() if i not in missing}
+        return {client: message for client, message in found.items() if message is not None}
+
+    def begin(self, missing: Sequence[str] = ()) -> Federation:
+        self.state = self.method.begin(self.sketches(missing))
+        for name, client in self.clients.items():
+            message = over_the_wire(self.method.welcome(self.state, name))
+            if message is not None:
+                self.method.settle(client, message)
+        return self
+
+    def train(self, round: int, who: Sequence[str] | None = None, size: float = 0.3) -> None:
+        """Every tensor the method trains moves by noise of the client and round."""
+        for name in who or self.clients:
+            kinds, random = self.method.trained(round), torch_generator(7, "training", name, round)
+            for key, tensor in self.clients[name].tensors.items():
+                if key.partition("/")[0] in kinds:
+                    moved = tensor + size * torch.randn(tensor.shape, generator=random)
+                    self.clients[name].tensors[key] = moved
+
+    def messages(self, round: int, who: Sequence[str] | None = None) -> dict[str, Message]:
+        found = {name: over_the_wire(self.method.send(round, self.clients[name])) for name in who or self.clients}
+        return {client: message for client, message in found.items() if message is not None}
+
+    def deliver(self, who: Sequence[str] | None = None) -> None:
+        for name in who or self.clients:
+            message = over_the_wire(self.method.reply(self.state, name))
+            if message is not None:
+                self.method.receive(self.clients[name], message)
+
+    def step(self, round: int, who: Sequence[str] | None = None) -> dict[str, Message]:
+        """One round of those who take part; replies stay at the server until `deliver`."""
+        self.train(round, who)
+        messages = self.messages(round, who)
+        if messages:
+            self.state = self.method.server(round, self.state, messages)
+        return messages
+
+    def snapshot(self) -> dict[str, Tensors]:
+        return {name: dict(client.tensors) for name, client in self.clients.items()}
+
+    def dense(self, tensors: Tensors) -> list[np.ndarray]:
+        """The oracle: each site's ``s B C A`` or ``s B A`` built in full, in float64."""
+        products = []
+        for site in self.method.context.sites:
+            a, b = (tensors[f"{factor}/{site.name}"].double().numpy() for factor in "AB")
+            core = tensors.get(f"C/{site.name}")
+            middle = np.eye(len(a)) if core is None else core.double().numpy()
+            products.append(self.method.context.alpha / len(a) * b @ middle @ a)
+        return products
+
+
+@pytest.fixture
+def context() -> Callable[..., Context]:
+    """``context(ranks={...}, ...)`` -> what a method is built with."""
+
+    def make(ranks: Mapping[str, int] | Sequence[int] = (3, 3, 3), **other: Any) -> Context:
+        named = dict(ranks) if isinstance(ranks, Mapping) else dict(zip(IDS, ranks, strict=False))
+        values: dict[str, Any] = {
+            "seed": 0,
+            "sites": SITES,
+            "alpha": ALPHA,
+            "dropout": 0.0,
+            "classes": CLASSES,
+            "width": WIDTH,
+            "norms": {"norm/ln.weight": torch.ones(5), "norm/ln.bias": torch.zeros(5)},
+            "rounds": 3,
+            "learning_rate": 1e-2,
+            "batch_size": 8,
+        }
+        return Context(ranks=named, **{**values, **other})
+
+    return make
+
+
+@pytest.fixture
+def federation(context: Callable[..., Context]) -> Callable[..., Federation]:
+    """``federation("celora", {"basis": "frozen"}, ranks=(3, 3))`` -> clients that have not said a word yet."""
+
+    def make(
+        name: str,
+        options: Mapping[str, Any] | None = None,
+        ranks: Mapping[str, int] | Sequence[int] = (3, 3, 3),
+        *,
+        examples: Sequence[int] = (30, 12, 18, 24, 9),
+        data: Mapping[str, Features] | None = None,
+        **other: Any,
+    ) -> Federation:
+        made = context(ranks, **other)
+        method = build(name, dict(options or {}), made)
+        clients = {}
+        for client, count in zip(made.clients, examples, strict=False):
+            own = data[client] if data else made_up(client, count, 3)
+            secret = derive(11, "secret", client)
+            clients[client] = Client(
+                client, made.ranks[client], len(own.train[1]), method.initial(client), own, secret
+            )
+        return Federation(method, clients)
+
+    return make

@@ -265,7 +265,7 @@ DOCUMENTS = st.fixed_dictionaries(
         ),
         "train": st.fixed_dictionaries(
             {
-                "lr": POSITIVE,
+                "lr": st.floats(0, 1e6, exclude_min=True),
                 "clip": st.none() | POSITIVE,
                 "patience": st.none() | st.integers(1, 10),
                 "cohort": st.just("auto") | st.integers(1, 10**6),

@@ -112,7 +112,7 @@ class TrainSection(Section):
     rounds: int = Field(10, ge=0, le=100_000)
     local_epochs: int = Field(1, ge=1)
     batch_size: int = Field(16, ge=1)
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, le=1e6)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     optimizer_state: Literal["fresh", "kept"] = Field("fresh", description="moments across rounds")
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd")

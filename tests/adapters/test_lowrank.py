@@ -37,7 +37,12 @@ def test_shapes_are_the_papers() -> None:
         "C/b.value": (3, 3),
         "B/b.value": (4, 3),
     }
-    assert list(LowRank(SITES, core=False, alpha=16.0).shapes(2)) == ["A/a.query", "B/a.query", "A/b.value", "B/b.value"]
+    assert list(LowRank(SITES, core=False, alpha=16.0).shapes(2)) == [
+        "A/a.query",
+        "B/a.query",
+        "A/b.value",
+        "B/b.value",
+    ]
 
 
 def test_scale_and_largest_rank() -> None:
@@ -55,7 +60,9 @@ def test_kinds_are_what_stands_before_the_first_slash() -> None:
 @pytest.mark.parametrize("shape", [(4, 32), (8, 384), (1, 1)])
 def test_kaiming_is_what_peft_calls_for_lora_a(shape: tuple[int, int]) -> None:
     theirs = torch.empty(shape)
-    nn.init.kaiming_uniform_(theirs, a=math.sqrt(5), generator=generator())  # peft.tuners.lora.layer.reset_lora_parameters
+    nn.init.kaiming_uniform_(
+        theirs, a=math.sqrt(5), generator=generator()
+    )  # peft.tuners.lora.layer.reset_lora_parameters
     torch.testing.assert_close(kaiming(shape, generator()), theirs, rtol=1e-6, atol=1e-7)
 
 
@@ -90,7 +97,7 @@ def test_orthonormal_along_the_short_side(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2), (3, 3)])
 def test_orthonormal_is_uniform(shape: tuple[int, int]) -> None:
-    """A coordinate of a uniform unit vector in three dimensions is uniform in [-1, 1] (Archimedes): so is every entry."""
+    """A coordinate of a random unit vector in three dimensions is uniform in [-1, 1] (Archimedes): so is any entry."""
     drawn = torch.stack([orthonormal(shape, generator(seed)) for seed in range(500)])
     for entry in drawn.flatten(1).T:
         assert stats.kstest(entry, stats.uniform(-1, 2).cdf).pvalue > 1e-4

@@ -147,7 +147,9 @@ def test_folding_leaves_its_input_alone() -> None:
 def test_the_folder_describes_itself(tmp_path: Path) -> None:
     tensors = saved(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
-    described = {key: config[key] for key in ("peft_type", "r", "lora_alpha", "lora_dropout", "base_model_name_or_path")}
+    described = {
+        key: config[key] for key in ("peft_type", "r", "lora_alpha", "lora_dropout", "base_model_name_or_path")
+    }
     assert described == {
         "peft_type": "LORA",
         "r": RANK,

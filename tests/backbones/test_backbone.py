@@ -85,7 +85,7 @@ def test_a_sequence_of_the_longest_length_runs(tiny_model: Callable[[str], Path]
     folder = tiny_model(architecture)
     backbone = Backbone.load(str(folder), dtype="float32")
     assert backbone.max_length == (63 if architecture == "roberta" else 64)  # RoBERTa's first position is the padding's
-    longest = sentences(1, 1) + [[9] * backbone.max_length]
+    longest = [*sentences(1, 1), [9] * backbone.max_length]
     for layout in ("auto", "never"):
         batch = backbone.batch([longest], layout)
         with torch.no_grad():
@@ -199,7 +199,8 @@ def refused(message: str, call: Callable[[], object]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"), [("(", "not a regular expression"), ("query", "matches no linear layer"), ("", "matches no")]
+    ("targets", "message"),
+    [("(", "not a regular expression"), ("query", "matches no linear layer"), ("", "matches no")],
 )
 def test_targets_that_cannot_be_meant_are_refused(
     tiny_model: Callable[[str], Path], targets: str, message: str
@@ -216,13 +217,19 @@ def test_the_layers_are_named_when_there_is_no_default() -> None:
     assert "encoder.layer.0.intermediate.dense" in text
 
 
+def test_an_encoder_with_a_decoder_is_refused() -> None:
+    from transformers import AutoModel, T5Config
+
+    sizes = {"d_model": 16, "d_kv": 4, "num_layers": 1, "num_heads": 2, "d_ff": 16}
+    model = AutoModel.from_config(T5Config(vocab_size=64, **sizes))
+    refused("t5 is an encoder with a decoder", lambda: Backbone(model, Tokenizer(), targets=".*q"))
+
+
 # -- LayerNorms ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("architecture", "count"), [("bert", 5), ("roberta", 5), ("distilbert", 5), ("gpt2", 5)])
-def test_norms_start_at_the_backbones_own(
-    tiny_model: Callable[[str], Path], architecture: str, count: int
-) -> None:
+def test_norms_start_at_the_backbones_own(tiny_model: Callable[[str], Path], architecture: str, count: int) -> None:
     backbone = Backbone.load(str(tiny_model(architecture)), norm=True, dtype="float32")
     assert len(backbone.norms) == count
     batch = backbone.batch([sentences(3, 9), sentences(2, 5)])
@@ -249,6 +256,7 @@ def test_nothing_stays_plugged_in_after_an_error(tiny_model: Callable[[str], Pat
         frozen = backbone.hidden(batch)
         with pytest.raises(BackboneError):
             backbone.hidden(batch, wrong)
+        assert backbone._socket.bank is None  # or a cohort's tensors would live on with the backbone
         assert torch.equal(backbone.hidden(batch), frozen)
 
 

@@ -87,6 +87,12 @@ def test_packing_fills_rows() -> None:
     assert pad(groups, PAD).tokens.numel() > 1.7 * used
 
 
+def test_long_sequences_are_placed_first() -> None:
+    """In the order given, the two short ones would share a row and the long ones have a row each: 210 tokens."""
+    batch = pack(numbered([[30, 30, 70, 70]]), PAD)
+    assert tuple(batch.tokens.shape) == (2, 102)
+
+
 def test_a_long_sequence_sets_the_row() -> None:
     batch = pack(numbered([[300, 5, 7], [4]]), PAD)
     assert batch.row_length == 300

@@ -1,4 +1,4 @@
-"""The classification task against naive code: pooling sentence by sentence, heads and losses client by client, encoding."""
+"""The classification task: pooling sentence by sentence, heads and losses client by client, and encoding."""
 
 from __future__ import annotations
 

@@ -154,9 +154,7 @@ def federation(context: Callable[..., Context]) -> Callable[..., Federation]:
         for client, count in zip(made.clients, examples, strict=False):
             own = data[client] if data else made_up(client, count, 3)
             secret = derive(11, "secret", client)
-            clients[client] = Client(
-                client, made.ranks[client], len(own.train[1]), method.initial(client), own, secret
-            )
+            clients[client] = Client(client, made.ranks[client], len(own.train[1]), method.initial(client), own, secret)
         return Federation(method, clients)
 
     return make

@@ -232,9 +232,7 @@ def test_published_start(federation: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"basis": "aligned", "similarity": "uniform"}, {"similarity": "data"}])
-def test_absent_clients_keep_their_mix_and_their_rows(
-    federation: Callable[..., Any], options: dict[str, Any]
-) -> None:
+def test_absent_clients_keep_their_mix_and_their_rows(federation: Callable[..., Any], options: dict[str, Any]) -> None:
     fed = federation("celora", options, ranks=(2, 5, 3, 4)).begin()
     assert all(fed.method.reply(fed.state, client) is None for client in fed.clients)
     fed.step(1, ["ann", "bob", "cid"])
@@ -398,4 +396,6 @@ def test_folklora_is_celora_with_other_defaults(federation: Callable[..., Any], 
     for client in ours.clients:
         for key, tensor in ours.clients[client].tensors.items():
             assert torch.equal(tensor, theirs.clients[client].tensors[key])
-    assert build("folklora", {}, context()).options.model_dump() == build("celora", spelt, context()).options.model_dump()
+    assert (
+        build("folklora", {}, context()).options.model_dump() == build("celora", spelt, context()).options.model_dump()
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def shares(fed: Any) -> np.ndarray:
 
 
 def relative(got: list[list[np.ndarray]], want: list[list[np.ndarray]]) -> list[float]:
-    pairs = zip(sum(got, []), sum(want, []), strict=True)
+    pairs = zip(chain(*got), chain(*want), strict=True)
     return [float(np.linalg.norm(g - w) / np.linalg.norm(w)) for g, w in pairs]
 
 
@@ -49,7 +50,7 @@ def test_exact_methods_give_the_dense_mean_in_every_round(
         got, want, error = one_round(fed, round, p)
         assert max(relative(got, want)) < 1e-6
         assert error < 1e-6
-        assert min(np.linalg.norm(w) for w in sum(want, [])) > 0.1
+        assert min(np.linalg.norm(w) for w in chain(*want)) > 0.1
 
 
 @pytest.mark.parametrize("name", ["celora", "folklora"])

@@ -24,7 +24,7 @@ from folklora.report.figures_compare import (
 )
 from folklora.report.heatmaps import partition, similarity, sizes
 from folklora.report.reading import read_comparison, read_run
-from folklora.report.style import THEMES, drawing, marks, png, spread_apart
+from folklora.report.style import THEMES, drawing, marks, png, spread_apart, title
 
 WriteRun = Callable[..., dict[str, Any]]
 WriteComparison = Callable[..., list[dict[str, Any]]]
@@ -154,6 +154,23 @@ def test_colours_stay_with_a_name_and_differ_in_a_picture() -> None:
     many = marks([*names, *(f"method {i}" for i in range(8))], theme)
     assert len(set(many.values())) == len(many)
     assert [name for name, mark in many.items() if mark.color == many["local"].color] == ["local"]
+
+
+def test_a_variant_has_a_colour_of_its_own_and_leaves_its_method_the_usual_one() -> None:
+    theme = THEMES["light"]
+    names = ["celora:similarity=uniform", "celora", "celora:basis=frozen", "zeta:x=1", "zeta", "local", "local:rank=4"]
+    found = marks(names, theme)
+    assert found["celora"] == marks(["celora"], theme)["celora"]
+    assert found["zeta"] == marks(["zeta"], theme)["zeta"]
+    assert found["local"] == marks(["local"], theme)["local"]
+    assert len({mark.color for mark in found.values()}) == len(names)
+
+
+def test_long_variants_differ_in_a_picture() -> None:
+    assert title("celora") == "celora"
+    one, two = (title(f"celora:similarity=uniform:basis=frozen:train.lr=1e-{n}") for n in (3, 4))
+    assert len(one) == 30
+    assert one != two
 
 
 def test_labels_of_many_methods_stay_inside_the_picture(tmp_path: Path, write_comparison: WriteComparison) -> None:

@@ -71,6 +71,23 @@ def test_the_headline_is_the_summary(tmp_path: Path, write_run: WriteRun) -> Non
     assert (tmp_path / "run" / "recipe.toml").read_text() in text
 
 
+def test_a_run_that_stopped_early_says_so_and_what_it_was_computed_with(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run(tmp_path / "run", clients="abc", classes=3, rounds=4, insight=False, stopped_early=True)
+    text = Reader(write_report(tmp_path / "run")).text
+    assert "Stopped early: 4 of 4 rounds" in text
+    assert "torch 2.13.0" in text
+    assert "475 KB" in text  # sent by each client: 461 KB once, 3.4 KB in each of four rounds
+    assert "Each client's choice" in text
+
+
+def test_a_method_without_rounds_promises_no_reply(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run(tmp_path / "run", "sketch", clients="abc", classes=3, rounds=0, insight=False)
+    text = Reader(write_report(tmp_path / "run")).text
+    assert "for 461 KB per client, once." in text
+    assert "0 rounds" in text
+    assert "Each client's choice" not in text
+
+
 def test_an_unfinished_run_says_so(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "run", clients="abc", classes=3, rounds=4, every=2, finished=False, insight=False)
     text = Reader(write_report(tmp_path / "run")).text
@@ -90,6 +107,14 @@ def test_the_comparison_names_the_best(comparison: tuple[Path, list[dict[str, An
     assert "celora reaches the highest mean test accuracy" in text
     assert "over 3 seeds" in text
     assert "not finished" not in text
+
+
+def test_a_comparison_of_variants(tmp_path: Path, write_comparison: WriteComparison) -> None:
+    names = ["celora", "celora:similarity=uniform", "fedit"]
+    write_comparison(tmp_path, names, 2, clients="abc", classes=3, rounds=2)
+    text = Reader(write_compare_report(tmp_path)).text
+    assert "3 variants of 2 methods on banking77" in text
+    assert all(f"Recipe of {name}, seed 0" in text for name in names)
 
 
 def test_an_unfinished_comparison_says_so(tmp_path: Path, write_comparison: WriteComparison) -> None:

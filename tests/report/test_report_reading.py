@@ -104,6 +104,40 @@ def test_an_unfinished_comparison_reads_the_runs_begun(tmp_path: Path, write_com
     assert [run.method for run in comparison.runs] == ["celora", "fedit"]
 
 
+VARIANTS = ["celora", "celora:similarity=uniform", "celora:basis=frozen:train.lr=5e-3"]
+
+
+def test_variants_of_a_method_are_kept_apart(tmp_path: Path, write_comparison: WriteComparison) -> None:
+    write_comparison(tmp_path, VARIANTS, 2, clients="abc", classes=3, rounds=2)
+    comparison = read_comparison(tmp_path)
+    assert comparison.labels == tuple(name for name in VARIANTS for _ in range(2))
+    assert [run.path.name for run in comparison.finished_runs(VARIANTS[1])] == [
+        "celora__similarity=uniform-s0",
+        "celora__similarity=uniform-s1",
+    ]
+    # Before compare.json is written, the folders' names tell the variants.
+    (tmp_path / "compare.json").unlink()
+    assert sorted(set(read_comparison(tmp_path).labels)) == sorted(VARIANTS)
+    assert {row["variant"] for row in read_comparison(tmp_path).rows} == set(VARIANTS)
+
+
+def test_a_run_in_progress_beside_those_listed(tmp_path: Path, write_comparison: WriteComparison) -> None:
+    rows = write_comparison(tmp_path, VARIANTS[:2], 1, clients="abc", classes=3, rounds=2)
+    (tmp_path / "compare.json").write_text(json.dumps({"rows": rows[:1], "runs": ["celora-s0"]}))
+    assert read_comparison(tmp_path).finished  # what another comparison left there is none of this one
+    (tmp_path / "celora__similarity=uniform-s0" / "summary.json").unlink()
+    comparison = read_comparison(tmp_path)
+    assert not comparison.finished
+    assert comparison.labels == tuple(VARIANTS[:2])
+    assert len(comparison.rows) == 1
+
+
+def test_a_row_for_every_run(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text('{"rows": [{"method": "x"}], "runs": []}')
+    with pytest.raises(RunError, match="1 rows for 0 runs"):
+        read_comparison(tmp_path)
+
+
 def test_a_comparison_does_not_leave_its_folder(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text('{"rows": [{"method": "x"}], "runs": ["../elsewhere"]}')
     with pytest.raises(RunError, match="not the name of a folder"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from folklora.report.tables import Spread, compare_table, human_bytes, human_seconds, rich_table
+from folklora.report.tables import Spread, compare_table, grid, human_bytes, human_seconds, rich_table
 
 
 def lines_of(markdown: str) -> dict[str, dict[str, str]]:
@@ -67,6 +67,40 @@ def test_a_missing_or_infinite_number_is_a_dash_and_sorts_last() -> None:
 
 def test_markdown_survives_a_method_name_with_a_bar() -> None:
     assert "a\\|b &lt;i>" in compare_table([{"method": "a|b <i>", "accuracy_mean": 0.5}])
+
+
+def test_rows_are_grouped_by_variant() -> None:
+    rows = [
+        {"method": "celora", "variant": variant, "seed": seed, "accuracy_mean": accuracy}
+        for variant, accuracies in (("celora", (0.5, 0.6)), ("celora:similarity=uniform", (0.7, 0.7)))
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    table = lines_of(compare_table(rows))
+    assert list(table) == ["celora:similarity=uniform", "celora"]
+    assert table["celora"]["accuracy %"] == "55.0 ± 7.1"
+    assert table["celora"]["seeds"] == "2"
+
+
+def test_a_column_without_a_number_is_left_out_and_chosen_is_explained() -> None:
+    rows = [{"method": "a", "accuracy_mean": 0.5, "accuracy_global": None, "accuracy_chosen_mean": 0.6}]
+    assert grid(rows)[0] == ["method", "accuracy %", "chosen %", "seeds"]
+    assert "by its validation split" in compare_table(rows)
+    assert "validation" not in compare_table([{"method": "a", "accuracy_mean": 0.5}])
+
+
+@pytest.mark.parametrize("width", [50, 80, 100, 200])
+def test_a_narrow_terminal_cuts_no_number(comparison: tuple[Path, list[dict[str, Any]]], width: int) -> None:
+    rows = [{**row, "variant": f"{row['method']}:a=1"} for row in comparison[1]]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(rich_table(rows))
+    text = console.export_text()
+    titles, lines = grid(rows)
+    assert "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())
+    for name, accuracy in (line[:2] for line in lines):
+        assert any(name in line and accuracy in line for line in text.splitlines())
+    assert ("Not shown" in text) == (width < 200)
+    assert len(titles) == 11
 
 
 def test_rich_table_shows_the_same_cells_and_no_markup() -> None:

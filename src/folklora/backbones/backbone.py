@@ -121,6 +121,10 @@ class Backbone:
         self.dtype = dtype or (torch.bfloat16 if has_native_bfloat16(self.device) else torch.float32)
         self.width = int(self.config.hidden_size)
         self.model_type = str(self.config.model_type)
+        if getattr(self.config, "is_encoder_decoder", False):
+            raise BackboneError(
+                f"model.name: {self.model_type} is an encoder with a decoder; allowed: an encoder, or a decoder alone"
+            )
         self.packable = self.model_type in PACKABLE
         self._first_position = _first_position(model)
         limit = getattr(self.config, "max_position_embeddings", None)

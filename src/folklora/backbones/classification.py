@@ -36,6 +36,8 @@ class Classification:
 
     def encode(self, texts: Sequence[str]) -> list[TokenIds]:
         """Token ids of each text, special tokens included, cut at ``max_length``."""
+        if not texts:
+            return []
         encoded = self.backbone.tokenizer(list(texts), truncation=True, max_length=self.max_length)
         fallback = [self.backbone.pad_token]  # a tokenizer without special tokens may give an empty sequence
         return [ids or fallback for ids in encoded["input_ids"]]

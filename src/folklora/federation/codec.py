@@ -7,6 +7,7 @@ Layout, little-endian::
     each tensor:  name | dtype: u8 | dimensions: u8 | each: u32 | the raw values, row-major
     name:         length: u8 | UTF-8
 
+Both are written in the order of their names, so that equal messages are equal bytes.
 ``int8`` tensors are sent in blocks of 64 values with one float32 scale each (largest magnitude / 127), all scales
 first. What the byte counters of a run report is the length of these bytes.
 """
@@ -47,11 +48,12 @@ def encode(message: Message, dtype: str = "float32") -> bytes:
         If a tensor or a number holds NaN or Inf, or a tensor does not fit the narrower dtype.
     """
     parts = [struct.pack("<HH", len(message.numbers), len(message.tensors))]
-    for name, number in message.numbers.items():
+    for name, number in sorted(message.numbers.items()):
         if not math.isfinite(number):
             raise MessageError(f"number {name!r} is not finite")
         parts += [_name(name), struct.pack("<d", number)]
-    for name, tensor in message.tensors.items():
+    for name in sorted(message.tensors):
+        tensor = message.tensors[name]
         code, values = _values(name, tensor, dtype)
         shape = struct.pack(f"<BB{tensor.dim()}I", code, tensor.dim(), *tensor.shape)
         parts += [_name(name), shape, values]

@@ -159,9 +159,9 @@ class Rounds:
             self.state = self.method.begin(sketches)
         with ledger.timed("sketch"):
             for client in self.clients:
-                message = self.method.welcome(self.state, client)
-                if message is not None:
-                    data = encode(message, self.recipe.message.dtype)
+                welcome = self.method.welcome(self.state, client)
+                if welcome is not None:
+                    data = encode(welcome, self.recipe.message.dtype)
                     ledger.down[client] += len(data)
                     self.engine.settle(client, data)
         self.commit(0, self.clients, self._line(0, [], failed, None, None, None, ledger))

@@ -68,7 +68,12 @@ def resume(path: str | Path, progress: Progress | None = None, *, previous: bool
 def _prepared(directory: RunDirectory) -> Setup:
     """The setup of an existing run; the data must still be what it was."""
     setup = prepare(directory.recipe)
-    if to_json(setup.data.table, setup.data.splits) != (directory.path / "partition.json").read_text(encoding="utf-8"):
+    saved = directory.path / "partition.json"
+    try:
+        same = saved.read_bytes() == to_json(setup.data.table, setup.data.splits).encode()
+    except OSError as error:
+        raise RunError(f"{saved}: cannot be read: {error.strerror}") from None
+    if not same:
         raise RunError(f"{directory.path}: the data is not what this run started with (partition.json differs)")
     return setup
 
@@ -122,7 +127,7 @@ def variant(recipe: Recipe, text: str, seed: int) -> Recipe:
     it names.
     """
     name, *settings = text.split(":")
-    document = recipe.model_dump(exclude_none=True, exclude={"method"})
+    document = recipe.model_dump(exclude={"method"})
     own = recipe.method.options if name == recipe.method.name else {}
     document["method"] = {"name": name, **own}
     document["seed"] = seed

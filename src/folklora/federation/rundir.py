@@ -28,6 +28,7 @@ from folklora.errors import RunError
 from folklora.recipe import Recipe
 
 CURRENT, PREVIOUS, BEST = "checkpoint.json", "checkpoint-previous.json", "checkpoint-best.json"
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,26 @@ class Checkpoint:
     server: str
     digests: dict[str, str]
     metrics_bytes: int
-    delivered: dict[str, int] = field(default_factory=dict)
+    delivered: dict[str, str] = field(default_factory=dict)
     best_round: int | None = None
     stale: int = 0
+
+    def to_json(self) -> str:
+        """With a SHA-256 of itself: it vouches for every other file, and nothing else vouches for it."""
+        document = asdict(self)
+        return json.dumps({**document, "sha256": _digest(document)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Checkpoint:
+        """Raises ValueError for anything but what `to_json` wrote."""
+        document = json.loads(text)
+        if not isinstance(document, dict) or document.pop("sha256", None) != _digest(document):
+            raise ValueError("it is not what was committed")
+        return cls(**document)
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
 class RunDirectory:
@@ -62,9 +80,9 @@ class RunDirectory:
             If the directory holds a run or cannot be written.
         """
         run = cls(Path(path))
-        if (run.path / "recipe.toml").exists():
-            raise RunError(f"{path} already holds a run; use `folklora resume {path}`, or another --out")
         with _reported(run.path):
+            if (run.path / "recipe.toml").exists():
+                raise RunError(f"{path} already holds a run; use `folklora resume {path}`, or another --out")
             (run.path / "clients").mkdir(parents=True, exist_ok=True)
             (run.path / "server").mkdir(exist_ok=True)
             run.write("partition.json", partition.encode())
@@ -95,7 +113,9 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for one process; a second one is refused rather than left to write over the first."""
-        with _reported(self.path), (self.path / "lock").open("w") as lock:
+        with _reported(self.path):
+            lock = (self.path / "lock").open("w")
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -112,7 +132,7 @@ class RunDirectory:
         server: Tensors,
         line: Mapping[str, Any],
         *,
-        delivered: Mapping[str, int],
+        delivered: Mapping[str, str],
         best_round: int | None = None,
         stale: int = 0,
     ) -> Checkpoint:
@@ -131,25 +151,26 @@ class RunDirectory:
         digests = dict(before.digests) if before else {}
         with _reported(self.path):
             for client, tensors in clients.items():
-                files[client] = f"clients/{quote(client, safe='')}/{round}.safetensors"
+                files[client] = f"clients/{_folder(client)}/{round}.safetensors"
                 digests[files[client]] = self._write_tensors(files[client], tensors)
             state = f"server/{round}.safetensors"
             digests[state] = self._write_tensors(state, server)
-            used = {state, *files.values()}
+            metrics_bytes, digests[METRICS] = self._append(line, before.metrics_bytes if before else 0)
+            used = {state, METRICS, *files.values()}
             digests = {name: digest for name, digest in digests.items() if name in used}
-            metrics_bytes = self._append(line, before.metrics_bytes if before else 0)
             after = Checkpoint(round, files, state, digests, metrics_bytes, dict(delivered), best_round, stale)
             if (self.path / CURRENT).exists():
                 self.write(PREVIOUS, (self.path / CURRENT).read_bytes())
-            encoded = json.dumps(asdict(after)).encode()
+            encoded = after.to_json().encode()
             if best_round == round:
                 self.write(BEST, encoded)
             self.write(CURRENT, encoded)
             self._sweep(after)
         return after
 
-    def _append(self, line: Mapping[str, Any], after: int) -> int:
-        path = self.path / "metrics.jsonl"
+    def _append(self, line: Mapping[str, Any], after: int) -> tuple[int, str]:
+        """Write a line at byte ``after``; the length and the SHA-256 of the whole file."""
+        path = self.path / METRICS
         with path.open("r+b" if path.exists() else "w+b") as file:
             # A line of a round that was never committed is cut off before the new one is written.
             file.truncate(after)
@@ -157,7 +178,9 @@ class RunDirectory:
             file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-            return file.tell()
+            file.seek(0)
+            data = file.read()
+            return len(data), hashlib.sha256(data).hexdigest()
 
     def _write_tensors(self, name: str, tensors: Tensors) -> str:
         data = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
@@ -167,17 +190,18 @@ class RunDirectory:
     def write(self, name: str, data: bytes) -> None:
         """Write a file whole or not at all."""
         path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.part")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with _reported(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
 
     def _sweep(self, current: Checkpoint) -> None:
         """Remove files that no kept checkpoint names."""
@@ -197,9 +221,11 @@ class RunDirectory:
     def _read_checkpoint(self, name: str, *, quiet: bool = False) -> Checkpoint | None:
         path = self.path / name
         if not path.exists():
+            if name == CURRENT and (self.path / PREVIOUS).exists():
+                raise RunError(f"{path} is missing; {self._advice()}")
             return None
         try:
-            return Checkpoint(**json.loads(path.read_text(encoding="utf-8")))
+            return Checkpoint.from_json(path.read_text(encoding="utf-8"))
         except (ValueError, TypeError, OSError) as error:
             if quiet:
                 return None
@@ -213,15 +239,19 @@ class RunDirectory:
         RunError
             If it is missing or not what was written; says how to go on from the round before.
         """
+        loaded: dict[str, Tensor] = safetensors.torch.load(self._verified(checkpoint, name))
+        return loaded
+
+    def _verified(self, checkpoint: Checkpoint, name: str, size: int | None = None) -> bytes:
+        """The first ``size`` bytes of a file (default: all), if they are what was committed."""
         path = self.path / name
         try:
-            data = path.read_bytes()
+            data = path.read_bytes()[:size]
         except OSError as error:
             raise RunError(f"{path}: {error.strerror}; {self._advice()}") from None
         if hashlib.sha256(data).hexdigest() != checkpoint.digests.get(name):
             raise RunError(f"{path} is corrupted (its SHA-256 is not what was committed); {self._advice()}")
-        loaded: dict[str, Tensor] = safetensors.torch.load(data)
-        return loaded
+        return data
 
     def _advice(self) -> str:
         earlier = self._read_checkpoint(PREVIOUS, quiet=True)
@@ -230,22 +260,27 @@ class RunDirectory:
         return f"round {earlier.round} is kept: `folklora resume {self.path} --previous`"
 
     def step_back(self) -> Checkpoint:
-        """Make the previous checkpoint the current one."""
-        earlier = self.checkpoint(previous=True)
-        if earlier is None:
-            raise RunError(f"{self.path}: no earlier round is kept")
-        with _reported(self.path):
+        """Make the previous checkpoint the current one; not while another process runs the run."""
+        with self.locked(), _reported(self.path):
+            earlier = self.checkpoint(previous=True)
+            if earlier is None:
+                raise RunError(f"{self.path}: no earlier round is kept")
             self.write(CURRENT, (self.path / PREVIOUS).read_bytes())
             (self.path / "summary.json").unlink(missing_ok=True)
         return earlier
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The committed lines of ``metrics.jsonl``."""
+        """The committed lines of ``metrics.jsonl``; verified like `tensors`."""
         current = self.checkpoint()
         if current is None:
             return []
-        lines = (self.path / "metrics.jsonl").read_bytes()[: current.metrics_bytes].splitlines()
-        return [json.loads(line) for line in lines]
+        data = self._verified(current, METRICS, current.metrics_bytes)
+        return [json.loads(line) for line in data.splitlines()]
+
+
+def _folder(client: str) -> str:
+    """A file name for any client id: unlike `quote`, it leaves no ``.`` and ``..``."""
+    return quote(client, safe="").replace(".", "%2E")
 
 
 @contextmanager
@@ -256,4 +291,4 @@ def _reported(path: Path) -> Iterator[None]:
     except (OSError, safetensors.SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         where = getattr(error, "filename", None) or path
-        raise RunError(f"{where}: cannot be written: {reason}; the last committed round is untouched") from error
+        raise RunError(f"{where}: cannot be written: {reason}; what was committed is untouched") from error

@@ -248,8 +248,8 @@ RUN_PICTURES = (
     ),
     Picture(
         "seconds",
-        "The height of a bar is the wall time of a round; its parts are the phases. Round 0 is what happens once, before "
-        "the first.",
+        "The height of a bar is the wall time of a round; its parts are the phases. Round 0 is what happens once, "
+        "before the first.",
         seconds,
     ),
     Picture(

@@ -81,7 +81,8 @@ def similarity(run: Run, theme: ThemeName = "light") -> Figure | None:
             bar.outline.set_visible(False)
             bar.ax.tick_params(length=0, labelsize=8)
             bar.ax.yaxis.set_major_locator(MaxNLocator(5))
-            if count <= 10 and columns < 3 and np.ptp(shown.compressed()) >= 0.02:  # else two digits tell nothing
+            differ = shown.count() > 0 and np.ptp(shown.compressed()) >= 0.02  # else two digits tell nothing
+            if count <= 10 and columns < 3 and (differ or count == 1):
                 _write_cells(ax, image, shown)
             _grid_cells(ax, count, count, colors)
             ax.set_title(titles[name], fontsize=10.5)

@@ -49,7 +49,9 @@ class AdamW:
         values.sub_((m * self._columns(size)).div_(denominator))
 
     def _columns(self, each: Tensor) -> Tensor:
-        """One number a tensor, [K, tensors] -> one number a column, [K, P]."""
+        """One number a tensor, [K, tensors] -> one number a column: [K, P], or [K, 1] where a row has one."""
+        if torch.equal(each, each[:, :1].expand_as(each)):
+            return each[:, :1]
         return each.repeat_interleave(self.widths, dim=1)
 
 

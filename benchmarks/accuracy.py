@@ -200,13 +200,16 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--tune", action="store_true", help="choose the learning rates first")
     parser.add_argument(
-        "--only", default="", help="settings whose name contains this (several processes can share --runs)"
+        "--only",
+        default="",
+        help="settings whose name holds one of these: 0.1,disjoint (several processes can share --runs)",
     )
     arguments = parser.parse_args()
     recipes = settings(arguments.data.resolve(), arguments.runs.resolve())
     chosen = tune(recipes, arguments.runs) if arguments.tune else rates()
     for name, seed, variants in plan(recipes):
-        if arguments.only not in name:
+        part = f"{name}; {'ablations' if variants is ABLATIONS else 'methods'}"
+        if not any(text in part for text in arguments.only.split(",")):
             continue
         recipe = Recipe.parse({"seed": seed, "data": dict(recipes[name]), "train": dict(TRAIN)})
         for variant in variants:

@@ -28,9 +28,7 @@ def test_known_values() -> None:
 
 
 @given(FIELDS, FIELDS)
-def test_different_fields_give_different_seeds(
-    one: Fields, other: Fields
-) -> None:
+def test_different_fields_give_different_seeds(one: Fields, other: Fields) -> None:
     assert (derive(*one) == derive(*other)) == (one == other)
 
 

@@ -25,8 +25,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# Into a file or a pipe a table is as wide as it needs to be, not as a terminal of 80 columns.
-out, err = Console(width=None if sys.stdout.isatty() else 150), Console(stderr=True)
+# Into a file or a pipe a table is as wide as it needs to be, not as a terminal of 80 columns. No markup: names of
+# clients, classes and folders may hold brackets.
+out = Console(width=None if sys.stdout.isatty() else 150, markup=False, highlight=False)
+err = Console(stderr=True, markup=False, highlight=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/banking77.toml", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="A run directory", show_default=False)]
@@ -40,7 +42,7 @@ class Shown:
     def __init__(self, title: str = "") -> None:
         self.bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -51,15 +53,17 @@ class Shown:
         self.task: Any = None
 
     def __enter__(self) -> Shown:
-        self.bars.start()
+        if err.is_interactive:  # elsewhere Rich would still leave an empty line behind
+            self.bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bars.stop()
+        if err.is_interactive:
+            self.bars.stop()
 
     def run(self, name: str) -> None:
         self.title = name
-        err.print(f"[bold]{name}[/bold]", highlight=False)
+        err.print(name, style="bold")
 
     def phase(self, name: str, total: int) -> None:
         if self.task is not None:
@@ -79,8 +83,8 @@ class Shown:
             parts.append(f"validation {100 * metrics['validation']['mean']:.1f} %")
         parts.append(f"{(metrics['bytes_up'] + metrics['bytes_down']) / 1000:,.1f} kB moved")
         if metrics["failed"]:
-            parts.append(f"[yellow]failed: {', '.join(metrics['failed'])}[/yellow]")
-        err.print(" · ".join(parts), highlight=False)
+            parts.append(f"failed: {', '.join(metrics['failed'])}")
+        err.print(" · ".join(parts), style="yellow" if metrics["failed"] else None)
 
 
 @app.command()
@@ -196,13 +200,13 @@ def inspect(recipe: RecipeFile, set_: Set = None, as_json: Json = False) -> None
         return
     model, method, memory = found["model"], found["method"], found["memory"]
     out.print(
-        f"[bold]{model['name']}[/bold] ({model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, "
+        f"{model['name']} ({model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, "
         f"{len(model['adapted_layers'])} adapted layers, trains in {model['compute']})"
     )
     numbers = ", ".join(f"{kind} {count:,}" for kind, count in found["adapter"]["numbers"].items())
     out.print(f"one client's adapter: {numbers} numbers, {found['adapter']['bytes'] / 1e3:,.1f} kB")
     out.print(
-        f"[bold]{method['name']}[/bold]: {method['rounds']} rounds, per client and round "
+        f"{method['name']}: {method['rounds']} rounds, per client and round "
         f"{method['bytes_up_per_client_round'] / 1e3:,.1f} kB up, "
         f"{method['bytes_down_per_client_round'] / 1e3:,.1f} kB down"
     )
@@ -252,9 +256,7 @@ def predict(
         _print_json(answers)
         return
     for answer in answers:
-        out.print(
-            f"{answer['label']}  ({100 * answer['probability']:.1f} %)  {answer['text']}", highlight=False, markup=False
-        )
+        out.print(f"{answer['label']}  ({100 * answer['probability']:.1f} %)  {answer['text']}")
 
 
 def _print_json(document: Any) -> None:
@@ -264,9 +266,9 @@ def _print_json(document: Any) -> None:
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2, ours a traceback."""
     try:
-        app()
+        app(prog_name="folklora")
     except FolkLoraError as error:
-        err.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"error: {error}", style="red", soft_wrap=True)
         raise SystemExit(2) from None
 
 

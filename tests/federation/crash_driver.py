@@ -2,13 +2,15 @@
 
     python crash_driver.py PLAN.json
 
-The plan is a list of jobs ``{"recipe": TOML file, "out": run directory, "kill": fraction or null}``. Each is carried out
-in a forked child: it runs the recipe, or resumes it if the directory is there. An *event* is a client's training coming
-to its end, or a change to the disk (fsync, rename, removal); a child that is to be killed sends itself SIGKILL instead of
-the event that lies at this fraction of those of the recipe's last job that was not killed. Nothing is flushed, no handler
-runs. One JSON line a job is printed: how the child ended, and how many events it saw or which one it did not live to see.
+The plan is a list of jobs ``{"recipe": TOML file, "out": run directory, "kill": fraction or null}``. Each is carried
+out in a forked child: it runs the recipe, or resumes it if the directory is there. An *event* is a client's training
+coming to its end, or a change to the disk (fsync, rename, removal); a child that is to be killed sends itself SIGKILL
+instead of the event that lies at this fraction of those of the recipe's last job that was not killed. Nothing is
+flushed, no handler runs. One JSON line a job is printed: how the child ended, and how many events it saw or which one
+it did not live to see.
 
-Forking spares importing PyTorch for every kill; libraries start no threads here, so that a fork is safe.
+Forking spares importing PyTorch for every kill; `test_resume.py` sees to it that libraries start no threads, so that a
+fork is safe.
 """
 
 from __future__ import annotations
@@ -20,10 +22,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[name] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 

@@ -284,8 +284,7 @@ def survives(data: bytes) -> None:
         warnings.simplefilter("error")
         try:
             message = decode(data)
-        except MessageError as error:
-            assert "\n" not in str(error)
+        except MessageError:
             return
     assert all(math.isfinite(number) for number in message.numbers.values())
     for tensor in message.tensors.values():

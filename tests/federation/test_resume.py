@@ -39,7 +39,9 @@ def carry_out(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, str]]:
     plan = folder / "plan.json"
     plan.write_text(json.dumps(jobs))
     command = [sys.executable, str(Path(__file__).with_name("crash_driver.py")), str(plan)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=folder)
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    environment = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false"}
+    found = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=folder, env=environment)
     assert found.returncode == 0, found.stderr[-3000:]
     lines = [json.loads(line) for line in found.stdout.splitlines()]
     assert len(lines) == len(jobs), found.stderr[-3000:]
@@ -266,6 +268,18 @@ def test_a_run_is_not_started_where_one_is(finished: Path, tiny_recipe: Callable
 # -- disks -------------------------------------------------------------------------------------------------------------
 
 
+def full_from(metrics: Path, strike: int) -> Callable[[int], None]:
+    """An fsync that fails for good, the ``strike``-th time after two lines of metrics were written."""
+    original, seen = os.fsync, iter(range(10**6))
+
+    def fsync(descriptor: int) -> None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= 2 and next(seen) >= strike:
+            raise OSError(28, "No space left on device")
+        original(descriptor)
+
+    return fsync
+
+
 def test_a_disk_that_fills_up_costs_nothing(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, facts: Facts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,18 +288,8 @@ def test_a_disk_that_fills_up_costs_nothing(
     run(recipe, tmp_path / "whole")
     for strike in range(0, 12, 3):
         out = tmp_path / f"full-{strike}"
-        original, left = os.fsync, 0
-
-        def full(descriptor: int, out: Path = out, strike: int = strike) -> None:
-            nonlocal left
-            if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= 2:
-                left += 1
-                if left > strike:
-                    raise OSError(28, "No space left on device")
-            original(descriptor)
-
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", full)
+            patch.setattr(os, "fsync", full_from(out / "metrics.jsonl", strike))
             with pytest.raises(RunError, match="No space left on device; what was committed is untouched") as caught:
                 run(recipe, out)
         assert "\n" not in str(caught.value)

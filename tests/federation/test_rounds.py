@@ -20,6 +20,7 @@ from folklora.federation.codec import decode, encode
 from folklora.federation.local import LocalEngine
 from folklora.federation.member import SplitName
 from folklora.federation.rounds import Rounds, Silent, Upload
+from folklora.federation.rundir import RunDirectory
 from folklora.federation.scores import Score, summarise
 from folklora.federation.setup import Setup
 from folklora.methods.base import Message
@@ -36,6 +37,10 @@ def loop(*overrides: str, clients: Sequence[str] = tuple("0123456789")) -> Round
 
 def models(engine: LocalEngine) -> dict[str, Tensors]:
     return {client: member.client.tensors for client, member in engine.members.items()}
+
+
+def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not name.startswith("seconds")}
 
 
 def assert_same(one: dict[str, Tensors], other: dict[str, Tensors], tolerance: float = 0.0) -> None:
@@ -169,6 +174,45 @@ def test_a_bad_message_fails_its_client_for_that_round_only(what: str, tiny_reci
             assert line[name] == other[name]
 
 
+@pytest.mark.parametrize("what", ["truncated", "an error at the client"])
+@pytest.mark.parametrize("name", ["fedit", "celora"])
+def test_a_client_that_failed_is_resumed_as_it_was(name: str, what: str, tiny_recipe: Any, play: Play) -> None:
+    """It had received and trained before its message was refused; a resumed run must not find it as it was earlier."""
+
+    class Interrupted(Exception): ...
+
+    class Interrupting(Silent):
+        def line(self, metrics: Mapping[str, Any]) -> None:
+            if metrics["round"] == 2:
+                raise Interrupted
+
+    def engine(setup: Setup) -> Tampered:
+        return Tampered(setup, TAMPERINGS[what][0])
+
+    recipe = tiny_recipe(f"method.name={name}", "train.rounds=3", "train.optimizer_state=kept")
+    whole = play(recipe, engine)
+    with pytest.raises(Interrupted):
+        play(recipe, engine, progress=Interrupting())
+    directory = RunDirectory.open(whole.directory.path.with_name("play-1"))
+    resumed = engine(whole.setup)
+    rounds = Rounds(recipe, directory, resumed, whole.setup.method, list(whole.setup.data.splits), Silent())
+    summary = rounds.play()
+    assert_same(models(resumed), models(whole.engine))
+    assert without_seconds(summary["row"]) == whole.row
+
+
+@pytest.mark.parametrize("name", ["fedit", "celora", "folklora"])
+def test_the_order_of_arrival_does_not_matter(name: str, tiny_recipe: Any, play: Play) -> None:
+    class Reversed(LocalEngine):
+        def train(self, round: int, clients: Sequence[str]) -> Iterator[Upload]:
+            yield from reversed(list(super().train(round, clients)))
+
+    recipe = tiny_recipe(f"method.name={name}")
+    one, other = play(recipe), play(recipe, Reversed)
+    assert_same({"": one.rounds.state}, {"": other.rounds.state})
+    assert one.row == other.row
+
+
 @pytest.mark.parametrize("name", ["fedit", "celora", "local"])
 def test_when_all_fail_the_state_stays_and_the_run_goes_on(name: str, tiny_recipe: Any, play: Play) -> None:
     class Outage(LocalEngine):
@@ -251,9 +295,7 @@ class Scripted(LocalEngine):
         self.trained = round
         return super().train(round, clients)
 
-    def scores(
-        self, split: SplitName, clients: Sequence[str], replies: Mapping[str, bytes | None]
-    ) -> dict[str, Score]:
+    def scores(self, split: SplitName, clients: Sequence[str], replies: Mapping[str, bytes | None]) -> dict[str, Score]:
         found = super().scores(split, clients, replies)
         if split == "validation" and replies:
             return {client: Score(self.script[self.trained - 1], 100) for client in found}

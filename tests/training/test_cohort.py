@@ -243,6 +243,7 @@ def test_only_what_trains_moves(world: Callable[..., Any], kinds: str) -> None:
     jobs = place.jobs((20, 9, 12), (3, 5, 1), kinds=kinds)
     before = [{name: tensor.clone() for name, tensor in job.tensors.items()} for job in jobs]
     fitted = place.fit(jobs, cohort=2)
+    assert_same(fitted, {client: found for job in jobs for client, found in place.fit([job]).items()})
     for job, start in zip(jobs, before, strict=True):
         assert list(fitted[job.client].tensors) == list(start)
         for name, tensor in fitted[job.client].tensors.items():

@@ -156,9 +156,10 @@ def compare(
     if doubled := [m for m in dict.fromkeys(methods) if methods.count(m) > 1]:
         raise RecipeError(f"--methods names {doubled[0]!r} twice")
     plan = [(text, variant(recipe, text, recipe.seed + s)) for s in range(seeds) for text in methods]
-    for _, each in plan:
-        validate(each)
     out = Path(out)
+    for text, each in plan:  # all refusals come before any work
+        validate(each)
+        _refuse_another_recipe(each, out / run_name(text, each.seed))
     rows, runs = [], []
     for text, each in plan:
         name = run_name(text, each.seed)
@@ -180,9 +181,13 @@ def run_name(text: str, seed: int) -> str:
 def _run_or_resume(recipe: Recipe, path: Path, progress: Progress | None) -> Summary:
     if not (path / "recipe.toml").exists():
         return run(recipe, path, progress)
-    if RunDirectory.open(path).recipe != recipe:
-        raise RunError(f"{path} holds a run of another recipe; use another --out, or remove it")
+    _refuse_another_recipe(recipe, path)
     return resume(path, progress)
+
+
+def _refuse_another_recipe(recipe: Recipe, path: Path) -> None:
+    if (path / "recipe.toml").exists() and RunDirectory.open(path).recipe != recipe:
+        raise RunError(f"{path} holds a run of another recipe; use another --out, or remove it")
 
 
 # -- opening a run -----------------------------------------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from folklora.errors import RunError
 from folklora.federation.rounds import Progress
 from folklora.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 class _Tracker(Protocol):
@@ -34,9 +37,13 @@ class _Told:
 
     def line(self, metrics: Mapping[str, Any]) -> None:
         self.progress.line(metrics)
-        for name, value in scalars(metrics).items():
-            for tracker in self.trackers:
-                tracker.log(name, value, metrics["round"])
+        for tracker in list(self.trackers):
+            try:
+                for name, value in scalars(metrics).items():
+                    tracker.log(name, value, metrics["round"])
+            except Exception as error:  # whatever another library raises: the run does not hang on it
+                logger.warning("%s is not told any more: %s", type(tracker).__name__, error)
+                self.trackers.remove(tracker)
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -54,18 +61,18 @@ def track(recipe: Recipe, folder: Path, progress: Progress) -> Iterator[Progress
     Raises
     ------
     RunError
-        If a tracker is asked for and not installed.
+        If a tracker is asked for and not installed or not reached. One that fails later is left behind with a warning.
     """
     with ExitStack() as stack:
         trackers: list[_Tracker] = []
         if recipe.track.tensorboard:
             trackers.append(stack.enter_context(_tensorboard(folder)))
         if recipe.track.mlflow is not None:
-            trackers.append(stack.enter_context(_mlflow(recipe, recipe.track.mlflow)))
+            trackers.append(stack.enter_context(_mlflow(recipe, recipe.track.mlflow, folder)))
         yield _Told(progress, trackers) if trackers else progress
 
 
-class _Board:
+class _TensorBoard:
     def __init__(self, writer: Any) -> None:
         self.writer = writer
 
@@ -80,10 +87,10 @@ def _tensorboard(folder: Path) -> Iterator[_Tracker]:
     except ImportError:
         raise RunError('track.tensorboard = true: not installed; pip install "folklora[trackers]"') from None
     with SummaryWriter(str(folder / "tensorboard")) as writer:
-        yield _Board(writer)
+        yield _TensorBoard(writer)
 
 
-class _Flow:
+class _MLflow:
     def __init__(self, module: Any) -> None:
         self.module = module
 
@@ -92,12 +99,27 @@ class _Flow:
 
 
 @contextmanager
-def _mlflow(recipe: Recipe, uri: str) -> Iterator[_Tracker]:
+def _mlflow(recipe: Recipe, uri: str, folder: Path) -> Iterator[_Tracker]:
+    saved = folder / "mlflow.txt"  # the id of MLflow's run: a resumed run goes on with it
     try:
         import mlflow
     except ImportError:
         raise RunError('track.mlflow is set: not installed; pip install "folklora[trackers]"') from None
-    mlflow.set_tracking_uri(uri)
-    with mlflow.start_run(run_name=f"{recipe.method.name}-s{recipe.seed}"):
-        mlflow.log_text(recipe.to_toml(), "recipe.toml")
-        yield _Flow(mlflow)
+    try:
+        mlflow.set_tracking_uri(uri)
+        known = saved.read_text() if saved.exists() else None
+        started = mlflow.start_run(run_id=known, run_name=f"{recipe.method.name}-s{recipe.seed}")
+        if known is None:
+            saved.write_text(started.info.run_id)
+            sections = recipe.model_dump(exclude_none=True, exclude={"seed"})
+            keys = {f"{section}.{key}": value for section, table in sections.items() for key, value in table.items()}
+            mlflow.log_params({"seed": recipe.seed, **keys})
+    except Exception as error:  # MLflow's own, SQLAlchemy's, the network's
+        raise RunError(f"track.mlflow = {uri!r}: {str(error).strip() or type(error).__name__}") from error
+    status = "FAILED"
+    try:
+        yield _MLflow(mlflow)
+        status = "FINISHED"
+    finally:
+        with suppress(Exception):
+            mlflow.end_run(status)

@@ -95,9 +95,9 @@ class Rows:
     operations, however many tensors a method trains.
     """
 
-    def __init__(self, values: Tensor, shapes: dict[str, torch.Size]) -> None:
+    def __init__(self, values: Tensor, shapes: dict[str, torch.Size], grads: Tensor | None = None) -> None:
         self.values = values
-        self.grads = torch.zeros_like(values)
+        self.grads = torch.zeros_like(values) if grads is None else grads
         self.leaves: Tensors = {}
         self.columns: dict[str, slice] = {}
         start = 0
@@ -234,14 +234,21 @@ class _Cohort:
         self._restore_moments(k, job)
 
     def close(self, k: int) -> None:
-        """Remove slot k: the others go on in a smaller stack."""
-        keep = [i for i in range(len(self.slots)) if i != k]
-        del self.slots[k]
-        self.rows = Rows(self.rows.values.detach()[keep], self.shapes)
-        self.frozen = {name: tensor[keep] for name, tensor in self.frozen.items()}
-        self.scales = self.scales[keep]
-        self.optimizer.moments = {name: values[keep] for name, values in self.optimizer.moments.items()}
-        self.optimizer.steps = self.optimizer.steps[keep]
+        """Remove slot k: the last slot moves into its place, and the stack is one shorter.
+
+        Nothing else moves: copying all K rows each time would cost K^2 rows by the time the last slot closes.
+        """
+        last = len(self.slots) - 1
+        moments = self.optimizer.moments
+        for rows in (self.rows.values, self.scales, self.optimizer.steps, *moments.values(), *self.frozen.values()):
+            rows[k] = rows[last]
+        self.slots[k] = self.slots[last]
+        del self.slots[last]
+        self.rows = Rows(self.rows.values[:last], self.shapes, self.rows.grads[:last])
+        self.frozen = {name: tensor[:last] for name, tensor in self.frozen.items()}
+        self.scales = self.scales[:last]
+        self.optimizer.moments = {name: values[:last] for name, values in moments.items()}
+        self.optimizer.steps = self.optimizer.steps[:last]
 
     def _restore_moments(self, k: int, job: Job) -> None:
         for moment, values in self.optimizer.moments.items():

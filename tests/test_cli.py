@@ -181,8 +181,10 @@ def test_compare_prints_one_json_document_and_nothing_else(folklora: Command, re
 
 
 def test_compare_without_json_shows_a_table(folklora: Command, recipe: Path, tmp_path: Path) -> None:
-    ran = folklora("compare", recipe, "--methods", "local, sketch", "--out", tmp_path)
+    methods = "local, sketch:adapter.rank=[1,2,3,4]"
+    ran = folklora("compare", recipe, "--methods", methods, "--out", tmp_path)
     assert ran.code == 0
+    assert Recipe.read(tmp_path / "sketch__adapter.rank=[1,2,3,4]-s0" / "recipe.toml").adapter.rank == [1, 2, 3, 4]
     assert "local" in ran.out
     assert "sketch" in ran.out
     assert f"report: {tmp_path / 'report.html'}" in ran.out

@@ -6,6 +6,7 @@ Results go to stdout, progress and everything else to stderr. A user's mistake i
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,7 +139,8 @@ def compare(
     from folklora.report.page import write_compare_report
     from folklora.report.tables import rich_table
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    # Not at commas within brackets: adapter.rank=[4,8]
+    names = [name.strip() for name in re.split(r",(?![^\[]*\])", methods) if name.strip()]
     with Shown() as shown:
         document = library_compare(Recipe.read(recipe, set_ or ()), names, seeds, to, shown)
     page = write_compare_report(to)

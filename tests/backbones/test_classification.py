@@ -206,3 +206,15 @@ def test_an_empty_text_without_special_tokens_is_one_padding_token(
         found.append(task.features(task.backbone.hidden(batch), batch))
     assert found[0].isfinite().all()
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=2e-6)  # both layouts say the same
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [("bert", "mean"), ("distilbert", "mean"), ("roberta", "cls"), ("llama", "last"), ("gpt2", "last")],
+)
+def test_the_default_pooling_fits_the_architecture(
+    tiny_model: Callable[[str], Path], architecture: str, expected: str
+) -> None:
+    backbone = Backbone.load(str(tiny_model(architecture)), device="cpu")
+    assert Classification(backbone, 2).pooling == expected
+    assert Classification(backbone, 2, pooling="cls").pooling == "cls"

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from folklora.errors import MessageError
-from folklora.federation.codec import BLOCK, MAGIC, check, decode, encode
+from folklora.federation.codec import BLOCK, MAGIC, check, decode, encode, longest
 from folklora.methods.base import Message
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -238,6 +238,16 @@ def test_the_receiver_sets_the_limit() -> None:
     assert decode(data, limit=len(data)).tensors["A/x"].shape == (10,)
     with pytest.raises(MessageError, match=f"message of {len(data)} bytes; allowed: at most {len(data) - 1}"):
         decode(data, limit=len(data) - 1)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, "int8"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_longest_honest_message(shape: tuple[int, ...], dtype: str) -> None:
+    data = encode(Message({"A/é": random_tensor(shape)}, {"examples": 1.0}), dtype)
+    longest_ = longest({"A/é": shape}, ("examples",))
+    assert len(data) <= longest_
+    if dtype == "float32":
+        assert longest_ - len(data) == 4  # which a single int8 value would need for its scale
 
 
 SHAPE = {"A/x": (2, 3), "B/x": (3, 2)}

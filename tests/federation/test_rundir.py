@@ -327,6 +327,21 @@ def test_a_second_run_in_the_same_directory_is_refused(run: RunDirectory) -> Non
     assert run.recipe.seed == 0
 
 
+@pytest.mark.parametrize(
+    "name", ["server/app.py", "clients/list.csv", "summary.json", "metrics.jsonl", "checkpoint.json"]
+)
+def test_somebody_elses_files_are_neither_swept_nor_trusted(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="is there already and belongs to no run; use another --out"):
+        RunDirectory.create(tmp_path, Recipe(), "{}")
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).unlink()
+    commit(RunDirectory.create(tmp_path, Recipe(), "{}"), 0)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent", Path(__file__), Path(__file__) / "below"):
         with pytest.raises(RunError, match="not a run directory"):

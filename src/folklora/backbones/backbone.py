@@ -103,6 +103,8 @@ class Backbone:
         d, the width of the last hidden state.
     max_length
         The longest sequence, in tokens, that the model has positions for.
+    causal
+        Whether it is a decoder, whose tokens see only what stands before them.
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Backbone:
                 f"model.name: {self.model_type} is an encoder with a decoder; allowed: an encoder, or a decoder alone"
             )
         self.packable = self.model_type in PACKABLE
+        self.causal = _is_causal(self.model_type)
         self._first_position = _first_position(model)
         limit = getattr(self.config, "max_position_embeddings", None)
         self.max_length = limit - self._first_position if limit else sys.maxsize
@@ -253,6 +256,16 @@ def _dimensions(layer: Any) -> tuple[int, int]:
         return layer.in_features, layer.out_features
     rows, columns = layer.weight.shape  # GPT-2's Conv1D keeps [d_in, d_out]
     return int(rows), int(columns)
+
+
+def _is_causal(model_type: str) -> bool:
+    from transformers.models.auto import modeling_auto as auto
+
+    # Encoders can be asked to generate too (BERT as a decoder), but only they can fill a mask.
+    return (
+        model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
 
 
 def _first_position(model: nn.Module) -> int:

@@ -13,16 +13,15 @@ from folklora.adapters.lowrank import Shapes, Tensors
 from folklora.backbones.backbone import Backbone
 from folklora.backbones.batch import Batch, TokenIds
 
-DEFAULT_POOLING = {
-    "roberta": "cls",
-    "xlm-roberta": "cls",
-    "camembert": "cls",
-    "llama": "last",
-    "qwen2": "last",
-    "gpt2": "last",
-    "mistral": "last",
-}
-"""Where `pooling = "auto"` is not the mean (MiniLM and its kin are trained with the mean)."""
+POOLED_BY_FIRST_TOKEN = frozenset({"roberta", "xlm-roberta", "camembert"})
+"""Where `pooling = "auto"` is the first token, as in the heads their authors fine-tune with."""
+
+
+def default_pooling(backbone: Backbone) -> str:
+    """A decoder's last token has seen all others; MiniLM and its kin are trained with the mean."""
+    if backbone.causal:
+        return "last"
+    return "cls" if backbone.model_type in POOLED_BY_FIRST_TOKEN else "mean"
 
 
 class Classification:
@@ -31,7 +30,7 @@ class Classification:
     def __init__(self, backbone: Backbone, classes: int, *, pooling: str = "auto", max_length: int = 128) -> None:
         self.backbone = backbone
         self.classes = classes
-        self.pooling = DEFAULT_POOLING.get(backbone.model_type, "mean") if pooling == "auto" else pooling
+        self.pooling = default_pooling(backbone) if pooling == "auto" else pooling
         self.max_length = min(max_length, backbone.max_length)
 
     def encode(self, texts: Sequence[str]) -> list[TokenIds]:

@@ -113,6 +113,12 @@ def check(message: Message, shapes: Shapes, numbers: Iterable[str] = ()) -> None
         raise MessageError(f"examples = {message.numbers['examples']}; allowed: a positive number")
 
 
+def longest(shapes: Shapes, numbers: Iterable[str] = ()) -> int:
+    """Bytes of the longest message that carries these tensors, in whatever dtype, and these numbers."""
+    tensors = sum(7 + len(name.encode()) + 4 * len(shape) + 4 * math.prod(shape) for name, shape in shapes.items())
+    return 12 + sum(9 + len(name.encode()) for name in numbers) + tensors
+
+
 def _same_names(what: str, found: Mapping[str, object], agreed: Mapping[str, object]) -> None:
     if unknown := sorted(found.keys() - agreed.keys()):
         raise MessageError(f"unknown {what} {unknown[0]!r}; allowed: {', '.join(list(agreed)[:4]) or 'none'} ...")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import FolkLoraError, RunError
-from folklora.federation.codec import check, decode, encode
+from folklora.federation.codec import check, decode, encode, longest
 from folklora.federation.member import SplitName
 from folklora.federation.rundir import Checkpoint, RunDirectory
 from folklora.federation.scores import Score, summarise
@@ -220,8 +220,9 @@ class Rounds:
                         raise RunError(upload.failure)
                     if upload.data is not None:
                         ledger.up[upload.client] += len(upload.data)
-                        message = decode(upload.data)
-                        check(message, self.method.expected(round, upload.client), ("examples",))
+                        expected = self.method.expected(round, upload.client)
+                        message = decode(upload.data, longest(expected, ("examples",)))
+                        check(message, expected, ("examples",))
                         arrived[upload.client] = message
                     losses[upload.client] = upload.loss
                 except FolkLoraError as error:

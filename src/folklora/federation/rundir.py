@@ -83,11 +83,19 @@ class RunDirectory:
         with _reported(run.path):
             if (run.path / "recipe.toml").exists():
                 raise RunError(f"{path} already holds a run; use `folklora resume {path}`, or another --out")
+            run._refuse_strangers()
             (run.path / "clients").mkdir(parents=True, exist_ok=True)
             (run.path / "server").mkdir(exist_ok=True)
             run.write("partition.json", partition.encode())
             run.write("recipe.toml", recipe.to_toml().encode())
         return run
+
+    def _refuse_strangers(self) -> None:
+        """A run sweeps its folders and trusts its files: none may be somebody else's, such as a project's server/."""
+        for name in ("clients", "server", METRICS, CURRENT, PREVIOUS, BEST, "summary.json"):
+            path = self.path / name
+            if path.is_file() or (path.is_dir() and any(path.iterdir())):
+                raise RunError(f"{path} is there already and belongs to no run; use another --out")
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:

@@ -133,15 +133,12 @@ def ablations() -> str:
     rows = load("accuracy")["rows"]
     names = [n for n in settings_of(rows) if any(of(rows, variant=v, setting=n) for v in ABLATIONS)]
     lines = []
-    for variant in ("celora", *ABLATIONS[: _split()], "folklora", *ABLATIONS[_split() :], "local", "sketch"):
+    ours = next(i for i, variant in enumerate(ABLATIONS) if variant.startswith("folklora"))
+    for variant in ("fedit", "local", "celora", *ABLATIONS[:ours], "folklora", *ABLATIONS[ours:], "sketch"):
         cells = [spread([r["accuracy_mean"] for r in of(rows, variant=variant, setting=n)]) for n in names]
         if any(cell != "-" for cell in cells):
             lines.append([label(variant), *cells])
     return markdown(["variant", *names], lines)
-
-
-def _split() -> int:
-    return next(i for i, variant in enumerate(ABLATIONS) if variant.startswith("folklora"))
 
 
 def tuning() -> str:

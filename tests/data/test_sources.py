@@ -316,6 +316,7 @@ def test_the_common_test_set_has_a_limit_of_its_own() -> None:
     assert (len(table), len(test)) == (200, 154)
     assert np.bincount(test.labels, minlength=77).tolist() == [2] * 77  # 40 of each class before
     _, again = load(section, seed=3)
-    assert again is not None and again.inputs == test.inputs
+    assert again is not None
+    assert again.inputs == test.inputs
     with pytest.raises(DataError, match=r"data\.test_limit = 5 is less than the 77 classes"):
         load(DataSection(test_limit=5), seed=3)

@@ -202,13 +202,13 @@ def main() -> None:
     parser.add_argument(
         "--only",
         default="",
-        help="settings whose name holds one of these: 0.1,disjoint (several processes can share --runs)",
+        help="parts that hold one of these, such as 0.1 or ablations (several processes can share --runs)",
     )
     arguments = parser.parse_args()
     recipes = settings(arguments.data.resolve(), arguments.runs.resolve())
     chosen = tune(recipes, arguments.runs) if arguments.tune else rates()
     for name, seed, variants in plan(recipes):
-        part = f"{name}; {'ablations' if variants is ABLATIONS else 'methods'}"
+        part = f"{name}; {'ablations' if variants is ABLATIONS else 'methods'}; seed {seed}"
         if not any(text in part for text in arguments.only.split(",")):
             continue
         recipe = Recipe.parse({"seed": seed, "data": dict(recipes[name]), "train": dict(TRAIN)})

@@ -48,7 +48,7 @@ def count_events(kill: int | None, pipe: int) -> Callable[[], int]:
 
         setattr(owner, name, replacement)
 
-    for owner, name in ((Member, "finish"), (os, "fsync"), (Path, "replace"), (Path, "unlink")):
+    for owner, name in ((Member, "finish"), (os, "sync"), (os, "fsync"), (Path, "replace"), (Path, "unlink")):
         watch(owner, name)
     return lambda: seen
 

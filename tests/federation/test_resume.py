@@ -68,7 +68,7 @@ def kill_and_resume(recipes: dict[str, Recipe], points: Sequence[float], folder:
         assert line["ended"] in (("0",) if job["kill"] is None else ("killed", "0")), line
         if line["ended"] == "killed":
             killed_in.add(line["said"])
-    assert killed_in >= {"finish", "fsync", "replace"}
+    assert killed_in >= {"finish", "replace"}
     for name in recipes:
         expected = facts(folder / f"{name}-whole")
         for point in points:
@@ -268,16 +268,16 @@ def test_a_run_is_not_started_where_one_is(finished: Path, tiny_recipe: Callable
 # -- disks -------------------------------------------------------------------------------------------------------------
 
 
-def full_from(metrics: Path, strike: int) -> Callable[[int], None]:
-    """An fsync that fails for good, the ``strike``-th time after two lines of metrics were written."""
-    original, seen = os.fsync, iter(range(10**6))
+def full_from(metrics: Path, strike: int) -> Callable[[Path, Path], Path]:
+    """A rename that fails for good, the ``strike``-th time after two lines of metrics were written."""
+    original, seen = Path.replace, iter(range(10**6))
 
-    def fsync(descriptor: int) -> None:
+    def replace(path: Path, target: Path) -> Path:
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= 2 and next(seen) >= strike:
             raise OSError(28, "No space left on device")
-        original(descriptor)
+        return original(path, target)
 
-    return fsync
+    return replace
 
 
 def test_a_disk_that_fills_up_costs_nothing(
@@ -289,7 +289,7 @@ def test_a_disk_that_fills_up_costs_nothing(
     for strike in range(0, 12, 3):
         out = tmp_path / f"full-{strike}"
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", full_from(out / "metrics.jsonl", strike))
+            patch.setattr(Path, "replace", full_from(out / "metrics.jsonl", strike))
             with pytest.raises(RunError, match="No space left on device; what was committed is untouched") as caught:
                 run(recipe, out)
         assert "\n" not in str(caught.value)

@@ -132,6 +132,16 @@ def with_tensor(name: str, tensor: torch.Tensor) -> Callable[[Upload], Upload]:
     return replaced(lambda message: Message({**message.tensors, name: tensor}, message.numbers))
 
 
+def renamed(name: str) -> Callable[[Upload], Upload]:
+    """The first tensor under another name, so that the message is no longer than it should be."""
+
+    def change(message: Message) -> Message:
+        (_, tensor), *others = message.tensors.items()
+        return Message({name: tensor, **dict(others)}, message.numbers)
+
+    return replaced(change)
+
+
 def nan_inside(upload: Upload) -> Upload:
     """No encoder of ours would send it: the bytes of the last value are changed and the checksum made to fit."""
     body = (upload.data or b"")[8:-4] + struct.pack("<f", math.nan)
@@ -140,8 +150,8 @@ def nan_inside(upload: Upload) -> Upload:
 
 SITE = "A/encoder.layer.0.attention.self.query"
 TAMPERINGS: dict[str, tuple[Callable[[Upload], Upload | None], str]] = {
-    "wrong shape": (with_tensor(SITE, torch.zeros(5, 32)), rf"'{SITE}' has shape \(5, 32\); allowed: \(4, 32\)"),
-    "unknown name": (with_tensor("C/x", torch.zeros(4, 4)), "unknown tensor 'C/x'"),
+    "wrong shape": (with_tensor(SITE, torch.zeros(3, 32)), rf"'{SITE}' has shape \(3, 32\); allowed: \(4, 32\)"),
+    "unknown name": (renamed("C/x"), "unknown tensor 'C/x'"),
     "integers": (with_tensor(SITE, torch.zeros(4, 32, dtype=torch.int32)), "torch.int32; allowed: floating point"),
     "missing name": (replaced(lambda m: Message(dict(list(m.tensors.items())[1:]), m.numbers)), "is missing"),
     "no examples": (replaced(lambda m: Message(m.tensors, {"examples": 0.0})), "examples = 0.0"),

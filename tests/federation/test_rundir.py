@@ -143,23 +143,41 @@ class Killed(BaseException):
 
 @contextlib.contextmanager
 def killed_at(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[list[str]]:
-    """Every change to the disk is counted; the one numbered ``count`` does not happen, and nothing after it does."""
+    """Changes to the disk are counted; the one numbered ``count`` does not happen, and nothing after it does.
+
+    A file that is opened for writing is a change too: killed there, it is empty.
+    """
     happened: list[str] = []
+
+    def change(name: str) -> None:
+        if len(happened) >= count:
+            raise Killed
+        happened.append(name)
 
     def guard(owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
         def replacement(*args: Any, **kwargs: Any) -> Any:
-            if len(happened) >= count:
-                raise Killed
-            happened.append(name)
+            change(name)
             return original(*args, **kwargs)
 
         patch.setattr(owner, name, replacement)
 
+    opened = Path.open
+
+    def opening(path: Path, mode: str = "r", **kwargs: Any) -> Any:
+        file = opened(path, mode, **kwargs)
+        if set(mode) & set("wax+"):
+            with contextlib.ExitStack() as left_open:
+                left_open.callback(file.close)
+                change("open")
+                left_open.pop_all()
+        return file
+
     with monkeypatch.context() as patch:
-        for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")):
+        for owner, name in ((os, "sync"), (os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")):
             guard(owner, name)
+        patch.setattr(Path, "open", opening)
         with contextlib.suppress(Killed):
             yield happened
 

@@ -167,6 +167,8 @@ class RunDirectory:
             used = {state, METRICS, *files.values()}
             digests = {name: digest for name, digest in digests.items() if name in used}
             after = Checkpoint(round, files, state, digests, metrics_bytes, dict(delivered), best_round, stale)
+            # All of it is on the disk before anything names it; one call, for there may be a thousand clients.
+            os.sync()
             if (self.path / CURRENT).exists():
                 self.write(PREVIOUS, (self.path / CURRENT).read_bytes())
             encoded = after.to_json().encode()
@@ -185,18 +187,17 @@ class RunDirectory:
             file.seek(after)
             file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             file.flush()
-            os.fsync(file.fileno())
             file.seek(0)
             data = file.read()
             return len(data), hashlib.sha256(data).hexdigest()
 
     def _write_tensors(self, name: str, tensors: Tensors) -> str:
         data = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
-        self.write(name, data)
+        self.write(name, data, durable=False)
         return hashlib.sha256(data).hexdigest()
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file whole or not at all."""
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        """Write a file whole or not at all; ``durable``: also if the power fails right afterwards."""
         path = self.path / name
         temporary = path.with_name(f".{path.name}.part")
         with _reported(path):
@@ -205,7 +206,8 @@ class RunDirectory:
                 with temporary.open("wb") as file:
                     file.write(data)
                     file.flush()
-                    os.fsync(file.fileno())
+                    if durable:
+                        os.fsync(file.fileno())
                 temporary.replace(path)
             except BaseException:
                 temporary.unlink(missing_ok=True)

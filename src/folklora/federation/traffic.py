@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from folklora.adapters.lowrank import Shapes, Site
+from folklora.adapters.lowrank import Shapes, Site, kind
 from folklora.federation.codec import encode
 from folklora.methods import METHODS, build
 from folklora.methods.base import Context, Message, Method
@@ -32,12 +33,17 @@ def per_round(method: Method, client: str, dtype: str) -> Traffic:
     """Mean over two rounds, since some methods alternate; exact for what is sent and for replies of those shapes."""
     if method.rounds() == 0:
         return Traffic(0, 0)
-    shapes = [method.expected(round, client) for round in (1, 2)]
-    up = sum(_bytes(s, dtype, examples=True) if s else 0 for s in shapes) // 2
-    # A reply holds everything the server has: where factors alternate, both come back.
-    together: Shapes = {name: shape for s in shapes for name, shape in s.items()}
-    down = (_bytes(shapes[0], dtype, examples=False) + _bytes(together, dtype, examples=False)) // 2
-    return Traffic(up, down)
+    up, down = _two_rounds(method, client)
+    return Traffic(
+        sum(_bytes(shapes, dtype, examples=True) for shapes in up) // 2,
+        sum(_bytes(shapes, dtype, examples=False) for shapes in down) // 2,
+    )
+
+
+def _two_rounds(method: Method, client: str) -> tuple[list[Shapes], list[Shapes]]:
+    """What goes up and comes down in rounds 1 and 2; where factors alternate, a reply holds all the server has."""
+    first, second = (method.expected(round, client) for round in (1, 2))
+    return [first, second], [first, {**first, **second}]
 
 
 def describe_methods(d_in: int, d_out: int, rank: int) -> list[dict[str, Any]]:
@@ -58,20 +64,18 @@ def describe_methods(d_in: int, d_out: int, rank: int) -> list[dict[str, Any]]:
             batch_size=1,
         )
         method = build(name, {}, context)
-        rounds = (1, 2) if method.rounds() else ()
-        kinds = sorted(set().union(*(method.shared(round) for round in rounds)) - {"norm"})
-        values = [sum(_numel(s) for n, s in method.expected(r, "0").items() if n[1] == "/") * 4 for r in rounds]
+        up, down = _two_rounds(method, "0") if method.rounds() else ([], [])
         described.append(
             {
                 "name": name,
                 "title": cls.title,
                 "paper": cls.paper,
-                "travels": kinds,
+                "travels": sorted({kind(name) for shapes in up for name in shapes}),
                 "once": "class statistics" if method.options.start != "zero" else _once(method),
                 "mixed_ranks": cls.mixed_ranks,
                 "global_model": cls.has_global_model,
-                "bytes_per_layer_up": sum(values) / len(values) if values else 0.0,
-                "bytes_per_layer_down": sum(values) / len(values) if values else 0.0,
+                "bytes_per_layer_up": _factor_bytes(up),
+                "bytes_per_layer_down": _factor_bytes(down),
             }
         )
     return described
@@ -81,8 +85,7 @@ def _once(method: Method) -> str | None:
     return "class mixtures" if getattr(method.options, "uses_data", False) else None
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _factor_bytes(rounds: list[Shapes]) -> float:
+    """Float32 bytes of the factors A, B, C, without the head: mean over the rounds."""
+    factors = [math.prod(s) for shapes in rounds for name, s in shapes.items() if kind(name) in {"A", "B", "C"}]
+    return 4 * sum(factors) / max(1, len(rounds))

@@ -8,7 +8,7 @@ may train other tensors in every other round and keep the optimiser's state.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -41,18 +41,26 @@ class AdamW:
         self.steps += 1
         if self.weight_decay:
             values.mul_((1 - lr * self.weight_decay)[:, None])
-        m.lerp_(grads, 1 - beta1)
-        v.mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
-        size = (lr.double()[:, None] / (1 - beta1**self.steps)).float()
-        root = torch.sqrt(1 - beta2**self.steps).float()
-        denominator = v.sqrt().div_(self._columns(root)).add_(eps)
-        values.sub_((m * self._columns(size)).div_(denominator))
+        size = self._columns((lr.double()[:, None] / (1 - beta1**self.steps)).float())
+        root = self._columns(torch.sqrt(1 - beta2**self.steps).float())
+        for rows in _chunks(values):
+            g, m_, v_ = grads[rows], m[rows], v[rows]
+            m_.lerp_(g, 1 - beta1)
+            v_.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            denominator = v_.sqrt().div_(root[rows]).add_(eps)
+            values[rows].sub_((m_ * size[rows]).div_(denominator))
 
     def _columns(self, each: Tensor) -> Tensor:
         """One number a tensor, [K, tensors] -> one number a column: [K, P], or [K, 1] where a row has one."""
         if torch.equal(each, each[:, :1].expand_as(each)):
             return each[:, :1]
         return each.repeat_interleave(self.widths, dim=1)
+
+
+def _chunks(values: Tensor) -> Iterator[slice]:
+    """Rows a few at a time: on a CPU a dozen passes over what stays in its cache cost a third of passes over it all."""
+    at_once = max(1, 2**17 // values.shape[1]) if values.device.type == "cpu" else len(values)
+    return (slice(start, start + at_once) for start in range(0, len(values), at_once))
 
 
 class SGD:

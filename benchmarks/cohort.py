@@ -204,7 +204,7 @@ def measure(
         arm.turn(jobs[: max(1, clients // 4)], train)  # warm
         arm.seconds.clear()
     ratios: dict[str, list[float]] = {name: [] for name in timed if name != "ours"}
-    for _ in range(1 if quick else 5):
+    for _ in range(1 if quick else 3):
         for name, found in ratios.items():
             before = timed["ours"].turn(jobs, train)
             found.append(timed[name].turn(jobs, train) / before)

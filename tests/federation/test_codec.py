@@ -262,8 +262,9 @@ SHAPE = {"A/x": (2, 3), "B/x": (3, 2)}
         ({"A/x": (6,), "B/x": (3, 2)}, {"examples": 1.0}, "'A/x' has shape"),
         ({"A/x": (2, 3), "B/x": (3, 2)}, {}, "number 'examples' is missing"),
         ({"A/x": (2, 3), "B/x": (3, 2)}, {"examples": 1.0, "weight": 9.0}, "unknown number 'weight'"),
-        ({"A/x": (2, 3), "B/x": (3, 2)}, {"examples": 0.0}, "examples = 0.0; allowed: a positive number"),
+        ({"A/x": (2, 3), "B/x": (3, 2)}, {"examples": 0.0}, "examples = 0.0; allowed: above 0"),
         ({"A/x": (2, 3), "B/x": (3, 2)}, {"examples": -5.0}, "examples = -5.0"),
+        ({"A/x": (2, 3), "B/x": (3, 2)}, {"examples": 1e300}, r"examples = 1e\+300; allowed: above 0, at most"),
     ],
 )
 def test_check_refuses_what_was_not_agreed(

@@ -190,7 +190,7 @@ def test_side_by_side_is_each_candidate_by_itself() -> None:
     chosen = set()
     for seed in range(8):
         classes = list(range(CLASSES)) if seed % 2 else [0, 1, 2, 3]
-        train, validation = population(10 + seed, 40, classes, noise=1.2), population(30 + seed, 25, classes, noise=1.2)
+        train, validation = population(10 + seed, 42, classes, noise=1.2), population(30 + seed, 25, classes, noise=1.2)
         options = candidates(weight, bias, train[1])
         values = [value_of_one(option, train, validation, seed, epochs=4) for option in options]
         label, _ = choose(weight, bias, train, validation, seed=seed, epochs=4, steps_lr=3e-2)

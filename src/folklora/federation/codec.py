@@ -31,6 +31,8 @@ MAGIC = b"FLK1"
 BLOCK = 64
 LIMIT = 1 << 30
 """Bytes no message may exceed unless the receiver says otherwise."""
+MOST_EXAMPLES = 2**40
+"""A client that claims more would be a million times all others: its weight would drown them, and sums overflow."""
 
 _PLAIN = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16, 4: torch.int32, 5: torch.int64}
 _CODES = {dtype: code for code, dtype in _PLAIN.items()}
@@ -109,8 +111,8 @@ def check(message: Message, shapes: Shapes, numbers: Iterable[str] = ()) -> None
             raise MessageError(f"tensor {name!r} has shape {found}; allowed: {shape}")
         if not message.tensors[name].is_floating_point():
             raise MessageError(f"tensor {name!r} is {message.tensors[name].dtype}; allowed: floating point")
-    if message.numbers.get("examples", 1) <= 0:
-        raise MessageError(f"examples = {message.numbers['examples']}; allowed: a positive number")
+    if not 0 < message.numbers.get("examples", 1) <= MOST_EXAMPLES:
+        raise MessageError(f"examples = {message.numbers['examples']}; allowed: above 0, at most {MOST_EXAMPLES}")
 
 
 def longest(shapes: Shapes, numbers: Iterable[str] = ()) -> int:

@@ -218,6 +218,8 @@ class Rounds:
                 try:
                     if upload.failure is not None:
                         raise RunError(upload.failure)
+                    if not math.isfinite(upload.loss):
+                        raise RunError(f"training loss = {upload.loss}; allowed: a finite number")
                     if upload.data is not None:
                         ledger.up[upload.client] += len(upload.data)
                         expected = self.method.expected(round, upload.client)

@@ -177,7 +177,7 @@ def cohort() -> str:
 
 def memory() -> str:
     """Peak memory above the backbone by number of clients."""
-    found = load("cohort")["memory"]["above_backbone_bytes"]
+    found = load("memory")["above_backbone_bytes"]
     return markdown(
         ["clients", "peak memory above the backbone alone"], [[n, human_bytes(b)] for n, b in found.items()]
     )
@@ -192,7 +192,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "ablations": ("accuracy", ablations),
     "tuning": ("tuning", tuning),
     "cohort": ("cohort", cohort),
-    "memory": ("cohort", memory),
+    "memory": ("memory", memory),
 }
 """Marker -> the results it needs, and what makes it."""
 

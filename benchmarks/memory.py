@@ -1,10 +1,13 @@
 """Peak resident memory of whole processes, each started for that alone: a round of FedIT with a number of clients.
 
-FedIT's clients own most: A, B and a head each, and all of it travels. `measure` starts this file as the child.
+    python benchmarks/memory.py [--clients 10,100,1000] [--threads 2] [--device cpu]
+
+FedIT's clients own most: A, B and a head each, and all of it travels. Each count is a child process of this file.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import environment, publish
 
 from folklora.backbones.backbone import Backbone
 from folklora.federation.run import run
@@ -33,7 +37,7 @@ def measure(counts: Sequence[int], device: str, threads: int) -> dict[str, Any]:
 
 def _peak_of_child(clients: int, device: str, threads: int) -> int:
     print(f"memory, {clients} clients", file=sys.stderr, flush=True)
-    command = [sys.executable, __file__, str(clients), device, str(threads)]
+    command = [sys.executable, __file__, "--child", str(clients), "--device", device, "--threads", str(threads)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return int(json.loads(output)["peak_bytes"])
 
@@ -53,6 +57,21 @@ def _child(clients: int, device: str) -> None:
     print(json.dumps({"peak_bytes": 1024 * high_water}))
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", default="10,100,1000")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--child", type=int, help="measure this process with so many clients")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.child is not None:
+        _child(arguments.child, arguments.device)
+        return
+    counts = [int(count) for count in arguments.clients.split(",")]
+    where = environment(torch.device(arguments.device), torch.float32)
+    publish("memory", {"environment": where, **measure(counts, arguments.device, arguments.threads)})
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[3]))
-    _child(int(sys.argv[1]), sys.argv[2])
+    main()

@@ -129,15 +129,17 @@ def equal_bytes(setting: str) -> Callable[[], str]:
 
 
 def ablations() -> str:
-    """CE-LoRA and FolkLoRA with one setting changed; the published one and ours on top of their variants."""
+    """One setting changed at a time, beside what it changes; every row of a column over the same seeds."""
     rows = load("accuracy")["rows"]
     names = [n for n in settings_of(rows) if any(of(rows, variant=v, setting=n) for v in ABLATIONS)]
-    lines = []
     ours = next(i for i, variant in enumerate(ABLATIONS) if variant.startswith("folklora"))
-    for variant in ("fedit", "local", "celora", *ABLATIONS[:ours], "folklora", *ABLATIONS[ours:], "sketch"):
-        cells = [spread([r["accuracy_mean"] for r in of(rows, variant=variant, setting=n)]) for n in names]
-        if any(cell != "-" for cell in cells):
-            lines.append([label(variant), *cells])
+    variants = ("fedit", "local", "celora", *ABLATIONS[:ours], "folklora", *ABLATIONS[ours:], "sketch")
+    shown = {}
+    for name in names:
+        ran = {v: {r["seed"]: r["accuracy_mean"] for r in of(rows, variant=v, setting=name)} for v in variants}
+        common = set.intersection(*(set(by_seed) for by_seed in ran.values() if by_seed))
+        shown[name] = {v: spread([a for seed, a in by_seed.items() if seed in common]) for v, by_seed in ran.items()}
+    lines = [[label(v), *(shown[n][v] for n in names)] for v in variants if any(shown[n][v] != "-" for n in names)]
     return markdown(["variant", *names], lines)
 
 

@@ -25,30 +25,27 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from _common import RESULTS, environment, publish
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from stock_peft import ALPHA, CLASSES, RANK, Losses, OneByOne
+from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel
 
-from folklora.adapters.lowrank import LowRank, Tensors, kaiming
-from folklora.backbones.backbone import DEFAULT_TARGETS, Backbone, find
+from folklora.adapters.lowrank import LowRank, kaiming
+from folklora.backbones.backbone import Backbone
 from folklora.backbones.batch import TokenIds
 from folklora.backbones.classification import Classification
 from folklora.data.sources import load
 from folklora.recipe import DataSection, TrainSection
-from folklora.training.cohort import CohortTrainer, Job, Slot
+from folklora.training.cohort import CohortTrainer, Job
 
-CLASSES, RANK, ALPHA, SEED = 77, 8, 16.0, 0
+SEED = 0
 LENGTHS = {"short": "at most 12 tokens", "natural": "Banking77 as it is", "full": "64 tokens, sentences joined"}
 TARGETS = {"peft": 3.5, "tuned": 1.7, "peak": 0.6}  # at natural lengths, batch 16
-Losses = dict[str, float]
 Fit = Callable[[Sequence[Job], TrainSection], Losses]
 
 
@@ -71,59 +68,6 @@ class Ours:
 
     def fit(self, jobs: Sequence[Job], train: TrainSection) -> Losses:
         return {fitted.client: fitted.loss for fitted in self.trainer(train).fit(jobs)}
-
-
-class OneByOne:
-    """Stock PEFT, a client after another, as its users write it."""
-
-    def __init__(self, device: torch.device, tuned: bool) -> None:
-        dtype = torch.bfloat16 if tuned else torch.float32
-        attention = "eager" if tuned else "sdpa"
-        model = AutoModel.from_pretrained(find("minilm"), attn_implementation=attention, dtype=dtype)
-        model.pooler = None  # nobody reads it; leaving it in would cost the rivals time
-        config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=DEFAULT_TARGETS["bert"])
-        self.model = get_peft_model(model, config).to(device).eval()  # adapters are float32 whatever the model is
-        self.head = nn.Linear(model.config.hidden_size, CLASSES).to(device)
-        self.device, self.tuned = device, tuned
-
-    def load(self, tensors: Tensors) -> None:
-        with torch.no_grad():
-            for name, own in self.model.named_parameters():
-                if own.requires_grad:
-                    path = name.removeprefix("base_model.model.").removesuffix(".default.weight")
-                    site, _, factor = path.rpartition(".")
-                    own.copy_(tensors[f"{factor.removeprefix('lora_')}/{site}"])
-            self.head.weight.copy_(tensors["head/weight"])
-            self.head.bias.copy_(tensors["head/bias"])
-
-    def fit(self, jobs: Sequence[Job], train: TrainSection) -> Losses:
-        return {job.client: self.fit_one(job, train) for job in jobs}
-
-    def fit_one(self, job: Job, train: TrainSection) -> float:
-        self.load(job.tensors)
-        trained = [p for p in (*self.model.parameters(), *self.head.parameters()) if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=train.lr, weight_decay=train.weight_decay, fused=self.tuned)
-        losses = []
-        for picks in Slot(job, train, SEED).batches:
-            loss = self.loss([job.examples[i] for i in picks], torch.from_numpy(job.labels[picks]))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, train.clip or 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-        return statistics.fmean(losses)
-
-    def loss(self, examples: Sequence[TokenIds], labels: Tensor) -> Tensor:
-        length = max(map(len, examples))
-        tokens, mask = (torch.zeros(len(examples), length, dtype=torch.long) for _ in range(2))
-        for row, example in enumerate(examples):
-            tokens[row, : len(example)] = torch.tensor(example)
-            mask[row, : len(example)] = 1
-        tokens, mask, labels = tokens.to(self.device), mask.to(self.device), labels.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16) if self.tuned else nullcontext():
-            hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
-        features = (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-        return F.cross_entropy(self.head(features), labels)
 
 
 # -- the clients -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pathlib import Path
 import accuracy_tables
 from accuracy_tables import load, markdown
 
+from folklora.federation.traffic import describe_methods
 from folklora.report.tables import human_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +109,34 @@ def server_embedding() -> str:
     return markdown(header, lines, left=3)
 
 
+def threats() -> str:
+    """What the server sees with each method at its defaults: told by the methods themselves."""
+    lines = [
+        [m["name"], ", ".join(m["travels"]) or "nothing", m["once"] or "nothing", "yes" if m["global_model"] else "no"]
+        for m in describe_methods(384, 384, 8)
+    ]
+    return markdown(["method", "the server sees, each round", "and once", "makes one model for all"], lines, left=4)
+
+
+def engines() -> str:
+    """Seconds of the same rounds by engine."""
+    lines = []
+    for name, arm in load("engines")["arms"].items():
+        ratio, start = arm["times_ours"], arm["seconds_before_the_rounds"]
+        lines.append(
+            [
+                name,
+                f"{arm['seconds']['median']:.1f} s",
+                f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "1",
+                f"{start['median']:.1f} s" if start else "-",
+                f"{arm['train_loss'][-1]:.4f}",
+            ]
+        )
+    return markdown(
+        ["engine", "the rounds", "times ours", "start of the engine", "training loss of the last round"], lines
+    )
+
+
 def _seconds(seconds: float) -> str:
     return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
@@ -115,12 +144,14 @@ def _seconds(seconds: float) -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     **accuracy_tables.TABLES,
     "cohort": ("cohort", cohort),
+    "engines": ("engines", engines),
     "memory": ("memory", memory),
     "server": ("server", server),
     "server-similarity": ("server", server_similarity),
     "server-embedding": ("server", server_embedding),
+    "threats": ("", threats),
 }
-"""Marker -> the results it needs, and what makes it."""
+"""Marker -> the results it needs (or "": none), and what makes it."""
 
 
 def fill(text: str) -> str:
@@ -130,7 +161,7 @@ def fill(text: str) -> str:
         if match[2] not in TABLES:
             raise SystemExit(f"no table is called {match[2]!r}; allowed: {', '.join(TABLES)}")
         results, table = TABLES[match[2]]
-        return match[1] + (table() if load(results) else "") + match[3]
+        return match[1] + (table() if not results or load(results) else "") + match[3]
 
     return MARKED.sub(made, text)
 

@@ -38,3 +38,7 @@ class MessageError(FolkLoraError):
 
 class RunError(FolkLoraError):
     """A run directory cannot be written, is corrupted, or does not hold what is asked of it."""
+
+
+class FederationError(FolkLoraError):
+    """A federation's folder, keys or certificates, or the connection to it, are not what is needed."""

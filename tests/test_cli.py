@@ -362,6 +362,21 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", [("run",), ("inspect",), ("compare", "--methods", "fedit")])
+def test_what_only_the_backbone_can_refuse_leaves_nothing_behind(
+    command: tuple[str, ...],
+    folklora: Command,
+    recipe: Path,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ("--set", "train.packed=always", "--set", f"model.name={tiny_model('llama')}")
+    assert 'train.packed = "always": llama has no packed path' in mistake(folklora(*command, recipe, *settings))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

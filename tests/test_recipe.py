@@ -391,3 +391,19 @@ def test_device_classes_follow_from_the_seed_and_the_ids() -> None:
 )
 def test_largest_remainder(parts: list[float], counts: list[int]) -> None:
     assert largest_remainder(parts) == counts
+
+
+def test_named_classes_survive_being_written_and_are_checked() -> None:
+    recipe = Recipe.parse({"data": {"classes": ["b", "a"]}})
+    assert recipe.data.classes == ("b", "a")
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    for bad, said in (
+        (["a"], r"data: classes = \['a'\]; allowed: two names or more, each once"),
+        (["a", "a", "b"], "each once"),
+        ([1, 2], "data.classes"),
+        ("ab", "data.classes"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            Recipe.parse({"data": {"classes": bad}})
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        Recipe.from_toml("seed = ")

@@ -6,9 +6,12 @@ Results go to stdout, progress and everything else to stderr. A user's mistake i
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+federation_app = typer.Typer(help="The folder of a federation over a network: keys, certificates, members.")
+app.add_typer(federation_app, name="federation", no_args_is_help=True)
 # Into a file or a pipe a table is as wide as it needs to be, not as a terminal of 80 columns. No markup: names of
 # clients, classes and folders may hold brackets.
 out = Console(width=None if sys.stdout.isatty() else 150, markup=False, highlight=False)
@@ -33,6 +38,14 @@ err = Console(stderr=True, markup=False, highlight=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/banking77.toml", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="A run directory", show_default=False)]
+FederationFolder = Annotated[Path, typer.Argument(help="A federation's folder", show_default=False)]
+Days = Annotated[int, typer.Option(help="How long the server's certificate holds")]
+Listen = Annotated[
+    str | None,
+    typer.Option("--host", help="Interface to listen on; default: loopback or all, by the federation's host"),
+]
+Port = Annotated[int | None, typer.Option(help="Port to listen on; default: the federation's")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Plain HTTP; on one machine only (loopback)")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.lr=1e-3 (repeatable)")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there")]
 
@@ -106,12 +119,26 @@ def run(
 def resume(
     path: RunFolder,
     previous: Annotated[bool, typer.Option("--previous", help="Step back one committed round first")] = False,
+    federation: Annotated[
+        Path | None, typer.Option(help="Of a run that `folklora serve` began: the federation's folder")
+    ] = None,
+    listen: Listen = None,
+    port: Port = None,
+    insecure: Insecure = False,
 ) -> None:
     """Go on with a run that was interrupted."""
-    from folklora.federation.run import resume as library_resume
+    if federation is not None:
+        from folklora.federation.flower.serve import resume as library_resume_served
 
-    with Shown() as shown:
-        summary = library_resume(path, shown, previous=previous)
+        with _at_work(f"go on with: folklora resume {path} --federation {federation}"), Shown() as shown:
+            summary = library_resume_served(
+                path, federation, shown, previous=previous, listen=listen, port=port, insecure=insecure
+            )
+    else:
+        from folklora.federation.run import resume as library_resume
+
+        with Shown() as shown:
+            summary = library_resume(path, shown, previous=previous)
     _finished(summary, path)
 
 
@@ -224,7 +251,8 @@ def inspect(recipe: RecipeFile, set_: Set = None, as_json: Json = False) -> None
     out.print(
         f"{method['name']}: {method['rounds']} rounds, per client and round "
         f"{method['bytes_up_per_client_round'] / 1e3:,.1f} kB up, "
-        f"{method['bytes_down_per_client_round'] / 1e3:,.1f} kB down"
+        f"{method['bytes_down_per_client_round'] / 1e3:,.1f} kB down; "
+        f"once, both ways, {method['bytes_once_per_client'] / 1e3:,.1f} kB"
     )
     out.print(
         f"memory: backbone {memory['backbone'] / 1e6:,.0f} MB (stored: {memory['backbone_stored'] / 1e6:,.1f} MB), "
@@ -281,6 +309,144 @@ def predict(
         return
     for answer in answers:
         out.print(f"{answer['label']}  ({100 * answer['probability']:.1f} %)  {answer['text']}")
+
+
+@federation_app.command("init")
+def federation_init(
+    folder: Annotated[Path, typer.Argument(help="New folder", show_default=False)],
+    members: Annotated[str, typer.Option(help="Names with commas")],
+    host: Annotated[str, typer.Option(help="DNS name or IP address of the server, as members dial it")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Its port")] = 9443,
+    days: Days = 730,
+) -> None:
+    """A certificate authority, the server's certificate, a key pair for each member."""
+    from folklora.federation.flower.credentials import init as library_init
+
+    federation = library_init(folder, [name.strip() for name in members.split(",")], host, port, days)
+    for name in federation.members:
+        out.print(f"{name}: {federation.member_folder(name)}", soft_wrap=True)
+    err.print("Hand each member its folder, and nobody else: its key is how it proves who it is.", soft_wrap=True)
+
+
+@federation_app.command("add")
+def federation_add(
+    folder: FederationFolder,
+    name: Annotated[str, typer.Argument(help="The new member", show_default=False)],
+    public_key: Annotated[
+        Path | None, typer.Option(help="The member's own key.pub (ssh-keygen -t ecdsa -b 384); default: a new pair")
+    ] = None,
+) -> None:
+    """One more member."""
+    from folklora.federation.flower.credentials import add as library_add
+
+    out.print(f"{name}: {library_add(folder, name, public_key).folder}", soft_wrap=True)
+
+
+@federation_app.command("renew")
+def federation_renew(folder: FederationFolder, days: Days = 730) -> None:
+    """A new certificate for the server; members notice nothing."""
+    from folklora.federation.flower.credentials import renew as library_renew
+
+    out.print(f"certificate: {library_renew(folder, days).server_certificate}", soft_wrap=True)
+
+
+@app.command()
+def serve(
+    recipe: RecipeFile,
+    federation: Annotated[Path, typer.Option(help="The federation's folder", show_default=False)],
+    to: Annotated[Path, typer.Option("--out", help="Run directory; one of the same recipe goes on")] = Path("runs/run"),
+    set_: Set = None,
+    listen: Listen = None,
+    port: Port = None,
+    insecure: Insecure = False,
+) -> None:
+    """Run one recipe with the members of a federation, over the network."""
+    from folklora.federation.flower.serve import serve as library_serve
+
+    with _at_work(f"go on with: folklora resume {to} --federation {federation}"), Shown() as shown:
+        read = Recipe.read(recipe, set_ or ())
+        summary = library_serve(read, federation, to, shown, listen=listen, port=port, insecure=insecure)
+    _finished(summary, to)
+
+
+@app.command()
+def join(
+    federation: Annotated[
+        Path, typer.Option(help="The folder that the member was handed, or the whole federation's", show_default=False)
+    ],
+    member: Annotated[str | None, typer.Option(help="The member's name, if the folder is not its own")] = None,
+    data: Annotated[str | None, typer.Option(help="A file with the member's own rows")] = None,
+    text: Annotated[str | None, typer.Option(help="Its column of texts; default: as in the recipe")] = None,
+    label: Annotated[str | None, typer.Option(help="Its column of labels; default: as in the recipe")] = None,
+    rehearse: Annotated[
+        str | None, typer.Option(help="In place of --data: the recipe's data.source, of which it takes its share")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder of the backbone; default: the embedded one")] = None,
+    once: Annotated[bool, typer.Option("--once", help="End with the first run that ends")] = False,
+    insecure: Insecure = False,
+) -> None:
+    """Work for a member of a federation, run after run, until Ctrl-C."""
+    from folklora.federation.flower.join import join as library_join
+
+    with _at_work("what this member learnt is kept; join again with the same command"):
+        library_join(
+            federation,
+            member,
+            data=data,
+            text=text,
+            label=label,
+            rehearse=rehearse,
+            model=model,
+            once=once,
+            insecure=insecure,
+        )
+
+
+@app.command()
+def status(
+    federation: Annotated[Path, typer.Option(help="The federation's folder", show_default=False)], as_json: Json = False
+) -> None:
+    """What the server of a federation on this machine is at, and which members are connected."""
+    from folklora.federation.flower.status import status as library_status
+
+    found = library_status(federation)
+    if as_json:
+        _print_json(found)
+        return
+    out.print(f"server: up at {found['address']} (pid {found['pid']})" if found["up"] else "server: not up")
+    if found["run"]:
+        state = "finished" if found["finished"] else f"round {found['round'] or 0} of {found['rounds']}"
+        out.print(f"run: {found['run']}, {state}", soft_wrap=True)
+    table = Table(title=found["federation"])
+    for column in ("member", "registered", "connected", "since", "last seen"):
+        table.add_column(column)
+    for name, entry in found["members"].items():
+        said = ["yes" if entry[key] else "no" for key in ("registered", "connected")]
+        table.add_row(name, *said, entry["since"] or "", entry["seen"] or "")
+    out.print(table)
+
+
+class _LogLines(logging.Handler):
+    """What the library logs, on stderr with the time of day."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        err.print(f"{datetime.now():%H:%M:%S} {self.format(record)}", style=style, soft_wrap=True)
+
+
+@contextmanager
+def _at_work(afterwards: str) -> Iterator[None]:
+    """Show what goes on; Ctrl-C ends it with one line that says how to go on, and exit code 130."""
+    log, lines = logging.getLogger("folklora"), _LogLines()
+    log.addHandler(lines)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(f"stopped; {afterwards}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    finally:
+        log.removeHandler(lines)
 
 
 def _print_json(document: Any) -> None:

@@ -48,6 +48,13 @@ class ModelSection(Section):
     block: int = Field(64, ge=1, le=65535, description="bits: weights that share a scale")
 
 
+ClassNames = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    # TOML has lists; sections are keys of caches, and lists cannot be.
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
+
+
 class DataSection(Section):
     """Where the examples come from and how clients share them."""
 
@@ -55,6 +62,7 @@ class DataSection(Section):
     test: str | None = Field(None, description="a file with the common test set; default: the source's own, if any")
     text: str = Field("text", min_length=1)
     label: str = Field("label", min_length=1)
+    classes: ClassNames | None = Field(None, description="all labels there are, in order; default: those found, sorted")
     limit: int | None = Field(None, ge=2, description="use at most this many examples (stratified, seeded)")
     test_limit: int | None = Field(None, ge=2, description="likewise, of the common test set")
     clients: int = Field(10, ge=1, le=1_000_000)
@@ -68,12 +76,14 @@ class DataSection(Section):
     test_fraction: float = Field(0.2, gt=0, lt=1, description="fraction of each client's examples")
 
     @model_validator(mode="after")
-    def _splits_leave_training_data(self) -> DataSection:
+    def _can_be_shared_out(self) -> DataSection:
         if self.validation + self.test_fraction >= 1:
             raise ValueError(
                 f"validation + test_fraction = {self.validation + self.test_fraction:g} leaves nothing to train on; "
                 "allowed: a sum below 1"
             )
+        if self.classes is not None and len(set(self.classes)) != max(2, len(self.classes)):
+            raise ValueError(f"classes = {_short(list(self.classes))}; allowed: two names or more, each once")
         if self.partition == "natural" and not self.by:
             raise ValueError('partition = "natural" needs `by = "column"`, the column whose values are the clients')
         return self
@@ -167,6 +177,10 @@ class TrainSection(Section):
             raise ValueError(f'cohort = {self.cohort}; allowed: "auto" or a number >= 1')
         return self
 
+    def sampled(self, clients: int) -> int:
+        """How many of so many clients take part in a round: the fraction, rounded half up, and never nobody."""
+        return max(1, math.floor(self.participation * clients + 0.5))
+
 
 class MessageSection(Section):
     """What travels."""
@@ -177,9 +191,21 @@ class MessageSection(Section):
 
 
 class EngineSection(Section):
-    """Where the round runs."""
+    """Where the round runs, and how long it waits for whom."""
 
-    kind: Literal["local"] = "local"
+    kind: Literal["local", "flower"] = "local"
+    min_clients: int = Field(0, ge=0, description="fewer in a round: it is not committed, and the run stops")
+    wait: float = Field(600.0, ge=0, le=1e6, description="seconds to wait for clients that are not connected")
+    deadline: float = Field(600.0, gt=0, le=1e6, description="seconds for an answer; later ones do not count")
+
+
+class FaultsSection(Section):
+    """Simulated, in the local engine: the fraction of answers that each fault strikes."""
+
+    offline: float = Field(0.0, ge=0, le=1, description="the client is not connected")
+    late: float = Field(0.0, ge=0, le=1, description="it arrives after the deadline, in the next round")
+    duplicate: float = Field(0.0, ge=0, le=1, description="it arrives twice")
+    corrupt: float = Field(0.0, ge=0, le=1, description="its bytes are damaged on the way")
 
 
 class TrackSection(Section):
@@ -200,6 +226,7 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     message: MessageSection = MessageSection()
     engine: EngineSection = EngineSection()
+    faults: FaultsSection = FaultsSection()
     track: TrackSection = TrackSection()
 
     @model_validator(mode="after")
@@ -209,6 +236,15 @@ class Recipe(Section):
             raise ValueError(
                 f"adapter.rank lists {len(rank)} ranks for data.clients = {self.data.clients}; "
                 "allowed: one number, or one rank a client"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _faults_are_simulated(self) -> Recipe:
+        if self.engine.kind != "local" and (named := [name for name, share in self.faults if share]):
+            raise ValueError(
+                f'faults.{named[0]} = {getattr(self.faults, named[0])} with engine.kind = "{self.engine.kind}"; '
+                'allowed: faults are simulated, with engine.kind = "local"'
             )
         return self
 
@@ -235,6 +271,20 @@ class Recipe(Section):
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path}: not valid TOML: {error}") from None
         return cls.parse(document, overrides, where=str(path), folder=path.parent)
+
+    @classmethod
+    def from_toml(cls, text: str, where: str = "recipe") -> Recipe:
+        """What `to_toml` wrote, or somebody says it did.
+
+        Raises
+        ------
+        RecipeError
+            One line naming what is wrong; ``where`` it is from stands before it.
+        """
+        try:
+            return cls.parse(tomllib.loads(text), where=where)
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise RecipeError(f"{where}: not valid TOML: {error}") from None
 
     @classmethod
     def parse(

@@ -51,6 +51,16 @@ def test_small_classes_get_fewer_components_and_singles_are_skipped() -> None:
     assert (got.variances[got.weights > 0] >= 1e-5).all()
 
 
+@pytest.mark.parametrize("components", [1, 3, 4])
+def test_a_blank_one_is_as_large_as_a_fitted_one(components: int) -> None:
+    sizes = {0: 1, 1: 2, 2: 3, 4: 5, 5: 8, 7: 30}
+    counts = torch.tensor([sizes.get(label, 0) for label in range(9)])
+    want = fitted(sizes, components=components).to_tensors()
+    got = ClassMixtures.blank(counts, components, 3).to_tensors()
+    assert {n: (t.shape, t.dtype) for n, t in got.items()} == {n: (t.shape, t.dtype) for n, t in want.items()}
+    assert all(torch.equal(got[name], want[name]) for name in ("classes", "counts", "components"))
+
+
 def test_a_class_does_not_depend_on_the_others() -> None:
     cloud = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))  # no bumps: the start decides
     labels, others = torch.full((40,), 5), torch.full((50,), 2)

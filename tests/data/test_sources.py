@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from folklora.data.sources import EMBEDDED, Table, fingerprint, load
+from folklora.data.sources import EMBEDDED, Table, fingerprint, load, load_test
 from folklora.errors import DataError
 from folklora.recipe import DataSection
 
@@ -320,3 +320,32 @@ def test_the_common_test_set_has_a_limit_of_its_own() -> None:
     assert again.inputs == test.inputs
     with pytest.raises(DataError, match=r"data\.test_limit = 5 is less than the 77 classes"):
         load(DataSection(test_limit=5), seed=3)
+
+
+# -- classes that were agreed on -------------------------------------------------------------------------------------
+
+
+def test_named_classes_keep_their_order_and_may_have_no_rows(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv")
+    table = table_of(file, classes=["yes", "perhaps", "no"])
+    assert table.classes == ("yes", "perhaps", "no")
+    assert table.labels.tolist() == [0, 2, 0, 2]
+    limited = table_of(file, classes=["yes", "perhaps", "no"], limit=3)
+    assert len(limited) == 3
+
+
+def test_a_label_outside_the_named_classes_is_named_with_its_row(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"line 3, column 'label': label 'no' is not among data.classes; allowed: 'yes'"
+    ):
+        table_of(write_csv(tmp_path / "a.csv"), classes=["yes", "never"])
+
+
+def test_with_named_classes_a_common_test_set_needs_no_other_file(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "test.csv")
+    section = DataSection(source="nobody-has-this.csv", test=str(file), classes=["no", "yes"])
+    test = load_test(section, 0)
+    assert test is not None
+    assert test.labels.tolist() == [1, 0, 1, 0]
+    assert load_test(section.model_copy(update={"test": None}), 0) is None
+    assert load_test(section.model_copy(update={"classes": None}), 0) is None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,11 @@ import pytest
 
 from folklora.data.partition import to_json
 from folklora.federation.local import LocalEngine
+from folklora.federation.network import begin, host, reopen
+from folklora.federation.orders import Order, Record
+from folklora.federation.parties import Own
+from folklora.federation.remote import Delivery
+from folklora.federation.resident import Resident
 from folklora.federation.rounds import Progress, Rounds, Silent
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import Setup, prepare
@@ -90,3 +97,108 @@ def facts() -> Callable[[Path], dict[str, Any]]:
         return found
 
     return read
+
+
+# -- a network run without a network ---------------------------------------------------------------------------------
+
+
+@dataclass
+class InMemory:
+    """A carrier to members in this process: orders and answers cross as flat records, and are counted.
+
+    Attributes
+    ----------
+    residents
+        What builds each member's resident from its folder.
+    rebuild
+        Every order finds a resident that was just built.
+    away
+        Members that cannot be reached.
+    tamper
+        What arrives in place of an answer.
+    """
+
+    residents: dict[str, Callable[[], Resident]]
+    rebuild: bool = False
+    away: set[str] = field(default_factory=set)
+    tamper: Callable[[Order, Record], list[Record]] = lambda order, answer: [answer]
+    up: Counter[str] = field(default_factory=Counter)
+    down: Counter[str] = field(default_factory=Counter)
+    orders: list[Order] = field(default_factory=list)
+    built: dict[str, Resident] = field(default_factory=dict)
+
+    def members(self) -> Sequence[str]:
+        return [client for client in self.residents if client not in self.away]
+
+    def resident(self, client: str) -> Resident:
+        if self.rebuild or client not in self.built:
+            self.built[client] = self.residents[client]()
+        return self.built[client]
+
+    def exchange(self, orders: Mapping[str, Order], deadline: float) -> Iterator[Delivery]:
+        for client, order in reversed(orders.items()):  # nothing may depend on who answers first
+            if client in self.away:
+                continue
+            self.orders.append(order)
+            self.down[client] += len(order.welcome_data or b"") + len(order.reply_data or b"")
+            answer = self.resident(client).answer(copy.deepcopy(order.record()))
+            self.up[client] += len(answer.get("data") or b"")
+            for record in self.tamper(order, copy.deepcopy(answer)):
+                yield Delivery(client, record)
+
+
+@dataclass
+class Federated:
+    """A recipe's network run in a directory of its own, and whoever takes part in it."""
+
+    recipe: Recipe
+    path: Path
+    homes: Path
+    carrier: InMemory
+
+    @property
+    def members(self) -> list[str]:
+        return list(self.carrier.residents)
+
+    @property
+    def directory(self) -> RunDirectory:
+        return RunDirectory(self.path)
+
+    def folder(self, client: str) -> Path:
+        """What a member keeps of the run."""
+        (folder,) = (self.homes / client / "runs").iterdir()
+        return folder
+
+    def play(self, progress: Progress | None = None) -> dict[str, Any]:
+        return host(begin(self.recipe, self.path, self.members), self.carrier, progress)
+
+    def resume(self, *, previous: bool = False) -> dict[str, Any]:
+        """As a server does that was started again."""
+        return host(reopen(self.path, self.members, previous=previous), self.carrier)
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [without_seconds(line) for line in self.directory.metrics()]
+
+
+@pytest.fixture
+def federated(tmp_path: Path) -> Callable[..., Federated]:
+    """``federated(recipe, clients, own)`` -> members with empty folders: a rehearsal, unless each has its ``own``."""
+    count = iter(range(1000))
+
+    def make(
+        recipe: Recipe,
+        clients: Sequence[str] = ("0", "1", "2", "3"),
+        own: Callable[[str], Own] | None = None,
+        **options: Any,
+    ) -> Federated:
+        place = tmp_path / f"federated-{next(count)}"
+        rehearsal = Own(rehearse=recipe.data.source, model=recipe.model.name)
+
+        def builder(client: str) -> Callable[[], Resident]:
+            return lambda: Resident(client, place / client, own(client) if own else rehearsal)
+
+        residents = {client: builder(client) for client in clients}
+        return Federated(recipe, place / "server", place, InMemory(residents, **options))
+
+    return make

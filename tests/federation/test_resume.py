@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "rolora": ("train.patience=2", "train.optimizer=sgd", "train.momentum=0.9"),
     "ditto": ("method.fedopt=yogi", "method.proximal=0.1"),
     "ffa": ("method.scaffold=true", "train.optimizer=sgd", "train.lr=0.3"),
+    "flora": ("faults.offline=0.3", "faults.late=0.4", "faults.duplicate=0.3", "faults.corrupt=0.2"),
 }
 
 

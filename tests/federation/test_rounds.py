@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ import torch
 
 from folklora.adapters.lowrank import Tensors
 from folklora.federation.codec import decode, encode
+from folklora.federation.engine import Asked, Upload
 from folklora.federation.local import LocalEngine
-from folklora.federation.member import SplitName
-from folklora.federation.rounds import Rounds, Silent, Upload
+from folklora.federation.rounds import Rounds, Silent
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.scores import Score, summarise
 from folklora.federation.setup import Setup
@@ -126,7 +127,7 @@ class Tampered(LocalEngine):
 
 
 def replaced(change: Callable[[Message], Message]) -> Callable[[Upload], Upload]:
-    return lambda upload: Upload(upload.client, encode(change(decode(upload.data or b""))), upload.loss)
+    return lambda upload: replace(upload, data=encode(change(decode(upload.data or b""))))
 
 
 def with_tensor(name: str, tensor: torch.Tensor) -> Callable[[Upload], Upload]:
@@ -146,7 +147,7 @@ def renamed(name: str) -> Callable[[Upload], Upload]:
 def nan_inside(upload: Upload) -> Upload:
     """No encoder of ours would send it: the bytes of the last value are changed and the checksum made to fit."""
     body = (upload.data or b"")[8:-4] + struct.pack("<f", math.nan)
-    return Upload(upload.client, b"FLK1" + struct.pack("<I", zlib.crc32(body)) + body, upload.loss)
+    return replace(upload, data=b"FLK1" + struct.pack("<I", zlib.crc32(body)) + body)
 
 
 SITE = "A/encoder.layer.0.attention.self.query"
@@ -158,12 +159,12 @@ TAMPERINGS: dict[str, tuple[Callable[[Upload], Upload | None], str]] = {
     "no examples": (replaced(lambda m: Message(m.tensors, {"examples": 0.0})), "examples = 0.0"),
     "no weight": (replaced(lambda m: Message(m.tensors)), "'examples' is missing"),
     "NaN": (nan_inside, "holds NaN or Inf"),
-    "truncated": (lambda u: Upload(u.client, (u.data or b"")[:-7], u.loss), "damaged or truncated"),
-    "empty": (lambda u: Upload(u.client, b"", u.loss), "not a FolkLoRA message"),
-    "garbage": (lambda u: Upload(u.client, b"\x00" * 50, u.loss), "not a FolkLoRA message"),
-    "an error at the client": (lambda u: Upload(u.client, None, failure="out of memory"), "^out of memory$"),
-    "too long": (lambda u: Upload(u.client, (u.data or b"") + bytes(len(u.data or b"")), u.loss), "allowed: at most"),
-    "no loss": (lambda u: Upload(u.client, u.data, math.nan), "training loss = nan; allowed: a finite number"),
+    "truncated": (lambda u: replace(u, data=(u.data or b"")[:-7]), "damaged or truncated"),
+    "empty": (lambda u: replace(u, data=b""), "not a FolkLoRA message"),
+    "garbage": (lambda u: replace(u, data=b"\x00" * 50), "not a FolkLoRA message"),
+    "an error at the client": (lambda u: replace(u, data=None, failure="out of memory"), "^out of memory$"),
+    "too long": (lambda u: replace(u, data=(u.data or b"") + bytes(len(u.data or b""))), "allowed: at most"),
+    "no loss": (lambda u: replace(u, loss=math.nan), "training loss = nan; allowed: a finite number"),
     "silence": (lambda u: None, "did not answer"),
 }
 
@@ -231,7 +232,7 @@ def test_when_all_fail_the_state_stays_and_the_run_goes_on(name: str, tiny_recip
     class Outage(LocalEngine):
         def train(self, round: int, clients: Sequence[str]) -> Iterator[Upload]:
             for upload in super().train(round, clients):
-                yield Upload(upload.client, None, failure="no network") if round == 2 else upload
+                yield replace(upload, data=None, failure="no network") if round == 2 else upload
 
     played = play(tiny_recipe(f"method.name={name}", "train.rounds=3"), Outage)
     line = played.lines[2]
@@ -310,11 +311,12 @@ class Scripted(LocalEngine):
         self.trained = round
         return super().train(round, clients)
 
-    def scores(self, split: SplitName, clients: Sequence[str], replies: Mapping[str, bytes | None]) -> dict[str, Score]:
-        found = super().scores(split, clients, replies)
-        if split == "validation" and replies:
-            return {client: Score(self.script[self.trained - 1], 100) for client in found}
-        return found
+    def scores(self, clients: Sequence[str], questions: Sequence[Asked]) -> list[dict[str, Score]]:
+        scripted = Score(self.script[self.trained - 1], 100)
+        return [
+            dict.fromkeys(found, scripted) if split == "validation" and replies else found
+            for (split, replies), found in zip(questions, super().scores(clients, questions), strict=True)
+        ]
 
 
 @pytest.mark.parametrize("name", ["fedit", "local", "celora"])

@@ -43,6 +43,14 @@ class FakeMLflow:
         self.active: str | None = None
         self.fails: set[str] = set()
 
+    def MlflowClient(self, tracking_uri: str) -> FakeMLflow:
+        return self
+
+    def search_experiments(self, max_results: int) -> list[Any]:
+        if "search_experiments" in self.fails:
+            raise ConnectionError("no route\nto host")
+        return []
+
     def set_tracking_uri(self, uri: str) -> None:
         self.uri = uri
 
@@ -129,16 +137,22 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(
 def test_a_tracker_that_cannot_be_reached_is_one_line(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, mlflow: FakeMLflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before there is a run directory; or, where it is lost in between, before the first round."""
     recipe = tiny_recipe("method.name=local", "track.mlflow=http://x")
-    mlflow.fails = {"start_run"}
-    with pytest.raises(RunError, match=r"track.mlflow = 'http://x': no route\\nto host"):
-        run(recipe, tmp_path)
+    for lost in ("search_experiments", "start_run"):
+        mlflow.fails = {lost}
+        with pytest.raises(RunError, match=r"track.mlflow = 'http://x': no route\\nto host"):
+            run(recipe, tmp_path / "run")
+        assert (tmp_path / "run").exists() == (lost == "start_run")
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(RunError, match="track.mlflow is set: not installed; pip install"):
-        resume(tmp_path)
+        resume(tmp_path / "run")
+    with pytest.raises(RunError, match="track.mlflow is set: not installed; pip install"):
+        run(recipe, tmp_path / "other")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(RunError, match=r"track.tensorboard = true: not installed; pip install"):
         run(tiny_recipe("method.name=local", "track.tensorboard=true"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_tracker_that_fails_later_is_left_behind(
@@ -188,3 +202,4 @@ def test_real_mlflow_with_sqlite(
         with pytest.raises(RunError, match="track.mlflow = ") as caught:
             run(tiny_recipe("method.name=fedit", f"track.mlflow={refused}"), tmp_path / refused[:4])
         assert "\n" not in str(caught.value)
+        assert not (tmp_path / refused[:4]).exists()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from folklora.federation.codec import decode
+from folklora.federation.engine import Asked, Upload
 from folklora.federation.inspect import inspect
 from folklora.federation.local import LocalEngine
-from folklora.federation.member import SplitName
-from folklora.federation.rounds import Upload
 from folklora.federation.scores import Score
 from folklora.federation.setup import Setup
 from folklora.quantization import BLOCK
@@ -70,8 +69,8 @@ class Recorded(LocalEngine):
         self.current = 1  # the round whose start a delivery belongs to
         self.has: dict[str, bytes] = {}
 
-    def sketches(self) -> Iterator[tuple[str, bytes | None]]:
-        for client, data in super().sketches():
+    def sketches(self, clients: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
+        for client, data in super().sketches(clients):
             if data is not None:
                 self.once_up[client] = data
             yield client, data
@@ -90,13 +89,14 @@ class Recorded(LocalEngine):
                 self.up.append((round, upload.client, upload.data))
             yield upload
 
-    def scores(self, split: SplitName, clients: Sequence[str], replies: Mapping[str, bytes | None]) -> dict[str, Score]:
-        for client in clients:
-            if (data := replies.get(client)) is not None:
-                self._arrived(client, data)
-        if split == "validation":
-            self.current += 1
-        return super().scores(split, clients, replies)
+    def scores(self, clients: Sequence[str], questions: Sequence[Asked]) -> list[dict[str, Score]]:
+        for split, replies in questions:
+            for client in clients:
+                if (data := replies.get(client)) is not None:
+                    self._arrived(client, data)
+            if split == "validation":
+                self.current += 1
+        return super().scores(clients, questions)
 
     def _arrived(self, client: str, data: bytes) -> None:
         if self.has.get(client) != data:

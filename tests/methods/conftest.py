@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Site, Tensors
 from folklora.federation.codec import decode, encode
+from folklora.federation.rounds import Silent
+from folklora.federation.run import resume, run
+from folklora.federation.traffic import Traffic
 from folklora.methods import build
 from folklora.methods.base import Client, Context, Message, Method, State
 from folklora.methods.work import Trained
@@ -143,6 +147,21 @@ class Federation:
             self.state = self.method.server(round, self.state, messages)
         return messages
 
+    def weigh(self, dtype: str = "float32", train: Callable[[int], None] | None = None) -> dict[str, Traffic]:
+        """The first rounds that a forecast looks at, everybody in them: mean bytes of each client's real messages."""
+        up, down = (dict.fromkeys(self.clients, 0) for _ in range(2))
+        for round in range(1, 1 + min(2, self.method.rounds())):
+            (train or self.train)(round)
+            messages = self.messages(round)
+            if messages:
+                self.state = self.method.server(round, self.state, messages)
+            for name, client in self.clients.items():
+                said, heard = self.method.send(round, client), self.method.reply(self.state, name)
+                up[name] += len(encode(said, dtype)) if said else 0
+                down[name] += len(encode(heard, dtype)) if heard else 0
+            self.deliver()
+        return {name: Traffic(up[name] // 2, down[name] // 2) for name in self.clients}
+
     def snapshot(self) -> dict[str, Tensors]:
         return {name: dict(client.tensors) for name, client in self.clients.items()}
 
@@ -215,3 +234,35 @@ def federation(context: Callable[..., Context]) -> Callable[..., Federation]:
         return Federation(method, clients)
 
     return make
+
+
+class Interrupted(Exception): ...
+
+
+class Interrupting(Silent):
+    """Ends a run when it says that a round is done."""
+
+    def __init__(self, round: int) -> None:
+        self.last = round
+
+    def line(self, metrics: Mapping[str, Any]) -> None:
+        if metrics["round"] == self.last:
+            raise Interrupted
+
+
+@pytest.fixture
+def resumed(tmp_path: Path) -> Callable[[Any], dict[str, Any]]:
+    """``resumed(recipe)`` -> the summary of a run (in ``tmp_path / "whole"``), to which another came that was
+    interrupted before its last round and resumed."""
+
+    def play(recipe: Any) -> dict[str, Any]:
+        whole = run(recipe, tmp_path / "whole")
+        with pytest.raises(Interrupted):
+            run(recipe, tmp_path / "cut", Interrupting(recipe.train.rounds - 1))
+        again = resume(tmp_path / "cut")
+        rows = [{k: v for k, v in s["row"].items() if not k.startswith("seconds")} for s in (whole, again)]
+        assert rows[0] == rows[1]
+        assert whole["clients"] == again["clients"]
+        return whole
+
+    return play

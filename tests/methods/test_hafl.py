@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from folklora.data.partition import to_json
 from folklora.errors import MessageError
 from folklora.federation.codec import decode, encode
+from folklora.federation.engine import Upload
 from folklora.federation.local import LocalEngine
-from folklora.federation.rounds import Rounds, Silent, Upload
+from folklora.federation.rounds import Rounds, Silent
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import prepare
 from folklora.methods.base import Message
@@ -278,7 +280,7 @@ class Watching(LocalEngine):
                 name = next(name for name in message.tensors if name.startswith("index/"))
                 bad = torch.full_like(message.tensors[name], 99)
                 data = encode(Message({**message.tensors, name: bad}, message.numbers))
-                yield Upload(upload.client, data, upload.loss)
+                yield replace(upload, data=data)
             else:
                 yield upload
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from folklora.adapters.peft import fold
 from folklora.errors import MessageError, MethodError, RecipeError
 from folklora.federation.codec import check, decode, encode
 from folklora.federation.local import LocalEngine
-from folklora.federation.rounds import Silent
-from folklora.federation.run import resume, run
+from folklora.federation.run import run
 from folklora.federation.setup import prepare
-from folklora.federation.traffic import Traffic, per_round
+from folklora.federation.traffic import per_round
 from folklora.methods import build, check_options
 from folklora.methods.aggregation import aggregation_error
 from folklora.methods.base import Client, Context, Message
@@ -291,9 +290,8 @@ def test_partial_messages_are_what_is_expected_and_forecast(federation: Federati
             assert (f"index/{SITES[0]}" in message.tensors) == (budget < 3)
         fed.state = fed.method.server(round, fed.state, messages)
         fed.deliver()
-    for name, client in fed.clients.items():
-        up, down = (len(encode(m, dtype)) for m in (fed.method.send(2, client), fed.method.reply(fed.state, name)))
-        assert per_round(fed.method, name, dtype) == Traffic(up, down)
+    for name, weighed in federation("ravan", PARTIAL, ranks=(2, 2, 2)).begin().weigh(dtype).items():
+        assert per_round(fed.method, name, dtype) == weighed
 
 
 @pytest.mark.parametrize(
@@ -438,22 +436,9 @@ def test_any_heads_ranks_budgets_and_weights(data: st.DataObject) -> None:
             np.testing.assert_allclose(method.adapter.update(client.tensors, "layer").numpy(), scale * dense, atol=2e-4)
 
 
-class Stop(Exception):
-    pass
-
-
-class StopAfter(Silent):
-    """Interrupts a run after a committed round."""
-
-    def __init__(self, round: int) -> None:
-        self.last = round
-
-    def line(self, metrics: Mapping[str, Any]) -> None:
-        if metrics["round"] == self.last:
-            raise Stop
-
-
-def test_an_interrupted_run_ends_as_one_that_was_not(tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    tiny_recipe: Callable[..., Any], resumed: Callable[[Any], dict[str, Any]]
+) -> None:
     """With weak clients, drop-outs and moments that are kept; scored by real gradients."""
     recipe = tiny_recipe(
         "method.name=ravan",
@@ -464,14 +449,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tiny_recipe: Callable[..., 
         "train.optimizer_state=kept",
         "train.weight_decay=0.1",
     )
-    whole = run(recipe, tmp_path / "whole")
-    with pytest.raises(Stop):
-        run(recipe, tmp_path / "cut", StopAfter(2))
-    again = resume(tmp_path / "cut")
-    rows = [{k: v for k, v in s["row"].items() if not k.startswith("seconds")} for s in (whole, again)]
-    assert rows[0] == rows[1]
-    assert whole["clients"] == again["clients"]
-    assert rows[0]["aggregation_error"] is None
+    assert resumed(recipe)["row"]["aggregation_error"] is None
 
 
 def test_real_training_keeps_to_the_blocks_and_the_chosen_heads(tiny_recipe: Callable[..., Any]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from folklora.adapters.lowrank import Site, Tensors
 from folklora.federation.codec import decode, encode
-from folklora.federation.traffic import Traffic, per_round
+from folklora.federation.traffic import per_round
 from folklora.methods.aggregation import aggregation_error
 from folklora.methods.base import Client, Message
 from folklora.methods.residuals import ResidualLog, merged
@@ -286,14 +286,6 @@ def test_the_forecast_is_what_real_messages_weigh(
 ) -> None:
     """As factors, and where so many clients of so high a rank take part that the dense sum is smaller."""
     fed = wide(federation, name, options, count, rank=2 if kinds == {"up", "down"} else 6)
-    up, down = (dict.fromkeys(fed.clients, 0) for _ in range(2))
-    for round in (1, 2):
-        fed.step(round)
-        for client in fed.clients:
-            reply = fed.method.reply(fed.state, client)
-            assert {key.partition("/")[0] for key in changes(reply)} == kinds
-            up[client] += len(encode(fed.method.send(round, fed.clients[client])))
-            down[client] += len(encode(reply))
-        fed.deliver()
-    for client in fed.clients:
-        assert per_round(fed.method, client, "float32") == Traffic(up[client] // 2, down[client] // 2)
+    for client, weighed in fed.weigh().items():
+        assert {key.partition("/")[0] for key in changes(fed.method.reply(fed.state, client))} == kinds
+        assert per_round(fed.method, client, "float32") == weighed

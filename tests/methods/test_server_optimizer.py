@@ -17,7 +17,7 @@ from folklora.errors import RecipeError
 from folklora.federation.run import run
 from folklora.federation.traffic import per_round
 from folklora.methods import EXTENSIONS, METHODS, build, check_options
-from folklora.methods.base import FEDOPT
+from folklora.methods.options import FEDOPT
 from folklora.methods.server_optimizer import step
 
 RULES = tuple(FEDOPT)

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from folklora.federation.codec import encode
-from folklora.federation.traffic import Traffic, describe_methods, per_round
+from folklora.federation.traffic import describe_methods, per_round
 from folklora.methods import METHODS, describe_options
 
 # Numbers of one adapted layer that a client sends a round, by the papers; RoLoRA alternates, so half of both.
@@ -118,19 +117,10 @@ def test_the_forecast_of_a_round_is_what_real_messages_weigh(
         return
     ranks = (2, 5, 3) if METHODS[name].mixed_ranks else (3, 3, 3)
     fed = federation(name, {} if head is None else {"head": head, "head_start": "zero"}, ranks=ranks).begin()
-    up, down = (dict.fromkeys(fed.clients, 0) for _ in range(2))
-    for round in range(1, 1 + min(2, fed.method.rounds())):
-        fed.step(round)
-        for name_of, client in fed.clients.items():
-            said, heard = fed.method.send(round, client), fed.method.reply(fed.state, name_of)
-            up[name_of] += len(encode(said, dtype)) if said else 0
-            down[name_of] += len(encode(heard, dtype)) if heard else 0
-        fed.deliver()
-    for client in fed.clients:
-        assert per_round(fed.method, client, dtype) == Traffic(up[client] // 2, down[client] // 2)
-        silent = name in {"local", "sketch"} and head != "shared"
-        assert (up[client] == 0) == silent
-        assert (down[client] == 0) == silent
+    silent = name in {"local", "sketch"} and head != "shared"
+    for client, weighed in fed.weigh(dtype).items():
+        assert per_round(fed.method, client, dtype) == weighed
+        assert (weighed.up == 0) == (weighed.down == 0) == silent
 
 
 def test_a_core_costs_the_same_whatever_the_layer() -> None:

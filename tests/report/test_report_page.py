@@ -106,6 +106,7 @@ def test_the_comparison_names_the_best(comparison: tuple[Path, list[dict[str, An
     assert "6 methods on banking77" in text
     assert "celora reaches the highest mean test accuracy" in text
     assert "over 3 seeds" in text
+    assert "writes the page of that run" in text
     assert "not finished" not in text
 
 

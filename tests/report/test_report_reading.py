@@ -40,6 +40,14 @@ def test_a_run_that_has_only_begun(tmp_path: Path, write_run: WriteRun) -> None:
     assert (run.method, run.seed) == ("celora", 0)
 
 
+def test_a_line_cut_off_in_being_written_is_of_no_round(tmp_path: Path, write_run: WriteRun) -> None:
+    """As a kill leaves it: the next commit cuts it away, and until then the rounds before it can be looked at."""
+    write_run(tmp_path / "run", rounds=3, finished=False)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 4, "tra')
+    assert [line.round for line in read_run(tmp_path / "run").rounds] == [1, 2, 3]
+
+
 def _spoil_metrics(path: Path, line: int, text: str) -> None:
     lines = (path / "metrics.jsonl").read_text().splitlines()
     lines[line - 1] = text

@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,9 @@ FALLBACK_TARGETS = (
     r".*\.(query_key_value|c_attn|qkv|Wqkv)",
     r".*\.attn\.(q|v)",
 )
+
+PROBE = "Ärzte & Köche: 3.5 % of w1, w2 – don't!"
+"""A text whose tokens tell tokenizers of one vocabulary apart: case, accents, signs, digits."""
 
 PACKABLE = frozenset({"bert", "distilbert", "roberta", "xlm-roberta", "camembert"})
 """Architectures that take position ids and a mask per pair of tokens."""
@@ -222,14 +227,18 @@ class Backbone:
 
         ``mixed``: see `folklora.backbones.batch.pack`; padded rows hold one sequence each anyway.
         """
+        self.refuse_packing(packed)
+        if self.packable and packed != "never":
+            return pack(groups, self.pad_token, mixed=mixed)
+        return pad(groups, self.pad_token)
+
+    def refuse_packing(self, packed: str) -> None:
+        """Raises BackboneError where packing is asked for and the architecture cannot."""
         if packed == "always" and not self.packable:
             raise BackboneError(
                 f'train.packed = "always": {self.model_type} has no packed path; allowed: "auto" or "never" '
                 f"(packed: {', '.join(sorted(PACKABLE))})"
             )
-        if self.packable and packed != "never":
-            return pack(groups, self.pad_token, mixed=mixed)
-        return pad(groups, self.pad_token)
 
     @property
     def pad_token(self) -> int:
@@ -258,6 +267,17 @@ class Backbone:
         finally:
             self._socket.bank = None
         return states
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, hexadecimal, of what must be equal wherever messages mean the same: weights, vocabulary, tokens."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._models[torch.float32].state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        words = sorted(self.tokenizer.get_vocab().items())
+        digest.update(json.dumps([words, self.tokenizer(PROBE)["input_ids"]]).encode())
+        return digest.hexdigest()
 
     def weight(self, site: str) -> Tensor:
         """The frozen weight of an adapted layer, [d_out, d_in] float32 on the CPU."""

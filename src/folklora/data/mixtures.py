@@ -107,6 +107,15 @@ class ClassMixtures:
         return cls(ids, sizes.double(), weights, means, variances)
 
     @classmethod
+    def blank(cls, counts: Tensor, components: int, d: int) -> ClassMixtures:
+        """Of the shape that `fit` gives to so many examples of each class, ``counts`` ``[C]``; centred at zero."""
+        ids = torch.nonzero(counts > 1).squeeze(1)
+        own = (counts[ids] // 2).clamp(max=components)
+        weights = (torch.arange(components) < own.unsqueeze(1)) / own.unsqueeze(1).double()
+        means = torch.zeros(len(ids), components, d, dtype=torch.float64)
+        return cls(ids, counts[ids].double(), weights, means, means)
+
+    @classmethod
     def from_statistics(cls, statistics: ClassStatistics) -> ClassMixtures:
         """One Gaussian a class, with the diagonal of the pooled covariance: class statistics read as mixtures [recon].
 

@@ -5,7 +5,8 @@ validation, the same for all formats, turns them into a `Table`. Nothing is unpi
 the network is never touched.
 
 Labels may be strings, integers or booleans; the class of the integer 1 and of the string ``"1"`` is the same. Classes
-are sorted by name, or by value if all of them are numbers, so their order does not depend on the order of rows.
+are sorted by name, or by value if all of them are numbers, so their order does not depend on the order of rows;
+``data.classes`` names them in an order of its own, and then no other may occur.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -30,6 +32,9 @@ from folklora.recipe import DataSection
 
 EMBEDDED = {"banking77": Path(__file__).with_name("banking77")}
 """Data sets inside the package; their columns are ``text`` and ``category``."""
+
+Known = tuple[tuple[str, ...], str]
+"""The only classes there are, and where they are from, in words."""
 
 NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 
@@ -45,7 +50,7 @@ class Table:
     labels
         ``[n]`` int64, indices into `classes`.
     classes
-        Names, sorted.
+        Names, sorted, or as ``data.classes`` has them.
     groups
         ``[n]`` values of ``data.by``, when named.
     """
@@ -88,22 +93,49 @@ def load(section: DataSection, seed: int) -> tuple[Table, Table | None]:
     text, label, by = section.text, section.label, section.by
     if section.source in EMBEDDED:
         text, label = "text", "category"
-    test_text, test_label = text, label
-    try:
+    with _readable():
         train, test = _read_source(section.source, [text, label], [] if by is None else [by])
-        if section.test is not None:
-            # A file of the user's own has the recipe's columns, also beside an embedded source.
-            test_text, test_label = section.text, section.label
-            test = _read_file(Path(section.test), [test_text, test_label], f'data.test = "{section.test}"')
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror}; allowed: a readable file") from None
-    table = _validated(train, text, label, by)
+    known = None if section.classes is None else (section.classes, "data.classes")
+    table = _validated(train, text, label, by, known)
     if section.limit is not None:
         table = _limited(table, "limit", section.limit, seed)
-    if test is None:
-        return table, None
-    common = _validated(test, test_text, test_label, None, table.classes)
-    return table, common if section.test_limit is None else _limited(common, "test_limit", section.test_limit, seed)
+    known = known or (table.classes, "those of the training examples")
+    if section.test is not None:
+        return table, _own_test(section, section.test, seed, known)
+    return table, None if test is None else _test(section, seed, test, text, label, known)
+
+
+def load_test(section: DataSection, seed: int) -> Table | None:
+    """The common test set where `section` says all about it, ``data.test`` and ``data.classes``: no other file is read.
+
+    Raises
+    ------
+    DataError
+        As `load`.
+    """
+    if section.test is None or section.classes is None:
+        return None
+    return _own_test(section, section.test, seed, (section.classes, "data.classes"))
+
+
+def _own_test(section: DataSection, file: str, seed: int, known: Known) -> Table:
+    # A file of the user's own has the recipe's columns, also beside an embedded source.
+    with _readable():
+        columns = _read_file(Path(file), [section.text, section.label], f'data.test = "{file}"')
+    return _test(section, seed, columns, section.text, section.label, known)
+
+
+def _test(section: DataSection, seed: int, columns: Columns, text: str, label: str, known: Known) -> Table:
+    table = _validated(columns, text, label, None, known)
+    return table if section.test_limit is None else _limited(table, "test_limit", section.test_limit, seed)
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}; allowed: a readable file") from None
 
 
 def fingerprint(table: Table) -> str:
@@ -123,8 +155,8 @@ def fingerprint(table: Table) -> str:
 # From columns to a table
 
 
-def _validated(columns: Columns, text: str, label: str, by: str | None, known: tuple[str, ...] | None = None) -> Table:
-    """Check every value; `known` classes are those that training saw, for a test set."""
+def _validated(columns: Columns, text: str, label: str, by: str | None, known: Known | None) -> Table:
+    """Check every value."""
     if not columns.places:
         raise DataError(f"{columns.file}: no examples; allowed: at least one row")
     inputs = [_string(columns, row, text, value) for row, value in enumerate(columns.values[text])]
@@ -132,13 +164,13 @@ def _validated(columns: Columns, text: str, label: str, by: str | None, known: t
     groups = None
     if by is not None:
         groups = [_name(columns, row, by, value) for row, value in enumerate(columns.values[by])]
-    classes = known if known is not None else tuple(sort_names(names))
+    classes, origin = known if known is not None else (tuple(sort_names(names)), "")
     if len(classes) < 2:
         raise DataError(f"{columns.file}: column {label!r}: a single class, {classes[0]!r}; allowed: two or more")
     index = {name: i for i, name in enumerate(classes)}
     for row, name in enumerate(names):
         if name not in index:
-            problem = f"label {name!r} is in none of the training examples; allowed: {_listed(classes)}"
+            problem = f"label {_short(name)} is not among {origin}; allowed: {_listed(classes)}"
             raise columns.blame(row, label, problem)
     return Table(inputs, np.array([index[name] for name in names], dtype=np.int64), classes, groups)
 

@@ -175,12 +175,12 @@ class Uplink:
     # -- its record in the run directory -----------------------------------------------------------------------------
 
     def record(self) -> dict[str, Tensors]:
-        return {"welcome": self.welcome, "memory": self.memory}
+        return {"welcome": self.welcome, "memory": self.memory, "pending": self.pending}
 
     def restore(self, groups: dict[str, Tensors]) -> None:
         """Take what is ours out of a record's groups."""
-        self.welcome, self.memory = groups.pop("welcome", {}), groups.pop("memory", {})
-        self.reply, self.pending = {}, {}
+        self.welcome, self.memory, self.pending = (groups.pop(name, {}) for name in ("welcome", "memory", "pending"))
+        self.reply = {}
 
 
 def restored(differences: Tensors, reference: Tensors) -> Tensors:

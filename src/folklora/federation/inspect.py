@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from folklora.adapters.lowrank import kind
 from folklora.data.partition import histogram
 from folklora.federation.setup import prepare
-from folklora.federation.traffic import per_round
+from folklora.federation.traffic import forecast
 from folklora.recipe import Recipe
 from folklora.training.cohort import CohortTrainer, Job
 
@@ -17,6 +19,7 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
 
     Memory is what the process needs beyond Python and its libraries: the backbone in each precision, all clients' own
     tensors, and for the clients in training their gradients, two moments and a margin for activations of one step.
+    Traffic is that of a run in which every client takes part in every round (`folklora.federation.traffic.forecast`).
     ``backbone_stored`` is what a device would keep of the backbone: few bits where ``model.bits`` says so.
     """
     setup = prepare(recipe)
@@ -31,7 +34,6 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
         }
         for client, split in splits.items()
     }
-    first = next(iter(splits))
     largest = max(splits, key=lambda client: setup.ranks[client])
     owned = method.initial(largest)
     numbers: dict[str, int] = {}
@@ -40,7 +42,8 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
     jobs = [_job(setup.encoded, client, split.train) for client, split in splits.items()]
     slots = CohortTrainer(setup.task, method.adapter, recipe.train, recipe.seed).slots_for(jobs)
     client_bytes = 4 * sum(numbers.values())
-    traffic = per_round(method, first, recipe.message)
+    counts = {client: torch.from_numpy(histogram(setup.data.table, split.train)) for client, split in splits.items()}
+    traffic = forecast(method, counts, recipe.message)
     copies = 4 + (2 if backbone.dtype.itemsize == 2 else 0)
     tokens = recipe.train.tokens if recipe.train.cohort == "auto" else slots * recipe.train.batch_size * 32
     return {
@@ -58,6 +61,7 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
             "rounds": method.rounds(),
             "bytes_up_per_client_round": traffic.up,
             "bytes_down_per_client_round": traffic.down,
+            "bytes_once_per_client": traffic.once,
         },
         "memory": {
             "backbone": backbone.parameters * copies,

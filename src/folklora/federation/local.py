@@ -5,6 +5,7 @@ Messages are encoded and decoded all the same, so what a client gets is what wou
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -12,29 +13,39 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import FolkLoraError
+from folklora.federation.engine import Asked, Upload
 from folklora.federation.member import Member, SplitName
-from folklora.federation.rounds import Upload
 from folklora.federation.scores import Score
 from folklora.federation.setup import Setup
 from folklora.methods.aggregation import aggregation_error
 from folklora.training.cohort import CohortTrainer, Fitted
 from folklora.training.prediction import Question, predict
 
+logger = logging.getLogger(__name__)
+
 SCORED_AT_ONCE = 64
 """Clients whose models are in memory a second time, with the server's reply in them, while they are scored."""
 
 
 class LocalEngine:
-    """Carries the round's messages by calling the members; see `folklora.federation.rounds.Engine`."""
+    """Carries the round's messages by calling the members; see `folklora.federation.engine.Engine`."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.members = {client: Member(setup, client) for client in setup.data.splits}
         self.trainer = CohortTrainer(setup.task, setup.method.adapter, setup.recipe.train, setup.recipe.seed)
 
-    def sketches(self) -> Iterator[tuple[str, bytes | None]]:
-        for client, member in self.members.items():
-            yield client, member.sketch()
+    def present(self, round: int, clients: Sequence[str], least: int) -> Sequence[str]:
+        return clients
+
+    def sketches(self, clients: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
+        for client in clients:
+            try:
+                data = self.members[client].sketch()
+            except FolkLoraError as error:  # it has values that the wire cannot carry: its failure, nobody else's
+                logger.warning("client %s has no sketch: %s", client, error)
+            else:
+                yield client, data
 
     def settle(self, client: str, data: bytes) -> None:
         self.members[client].settle(data)
@@ -54,15 +65,20 @@ class LocalEngine:
             try:
                 data = self.members[client].finish(round, results)
             except FolkLoraError as error:
-                yield Upload(client, None, failure=str(error))
+                yield Upload(client, None, failure=str(error), round=round)
             else:
-                yield Upload(client, data, results[0].loss)
+                yield Upload(client, data, results[0].loss, round=round)
 
     def accepted(self, clients: Sequence[str]) -> None:
         for client in clients:
             self.members[client].accepted()
 
-    def scores(self, split: SplitName, clients: Sequence[str], replies: Mapping[str, bytes | None]) -> dict[str, Score]:
+    def scores(self, clients: Sequence[str], questions: Sequence[Asked]) -> list[dict[str, Score]]:
+        return [self._scores(clients, split, replies) for split, replies in questions]
+
+    def _scores(
+        self, clients: Sequence[str], split: SplitName, replies: Mapping[str, bytes | None]
+    ) -> dict[str, Score]:
         found: dict[str, Score] = {}
         for start in range(0, len(clients), SCORED_AT_ONCE):
             members = [self.members[client] for client in clients[start : start + SCORED_AT_ONCE]]
@@ -91,6 +107,7 @@ class LocalEngine:
     def records(self, clients: Sequence[str]) -> dict[str, Tensors]:
         return {client: self.members[client].record() for client in clients}
 
-    def restore(self, records: Mapping[str, Tensors]) -> None:
+    def restore(self, records: Mapping[str, Tensors]) -> Sequence[str]:
         for client, record in records.items():
             self.members[client].restore(record)
+        return ()

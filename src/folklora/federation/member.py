@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from folklora.adapters.lowrank import Tensors
-from folklora.errors import FolkLoraError, MethodError
-from folklora.federation.codec import decode, encode
+from folklora.adapters.lowrank import Shapes, Tensors
+from folklora.errors import FolkLoraError, MessageError, MethodError
+from folklora.federation.codec import check, decode, encode
 from folklora.federation.compression import Compression, Uplink
 from folklora.federation.setup import Setup
-from folklora.methods.base import Client
+from folklora.methods.base import Client, Message, Method
 from folklora.methods.work import Trained
 from folklora.randomness import derive, numpy_generator
 from folklora.training.cohort import Fitted, Job
@@ -52,7 +52,7 @@ class MemberData:
 class Member:
     """A client with its private state; everything it tells others is an encoded message."""
 
-    def __init__(self, setup: Setup, client: str) -> None:
+    def __init__(self, setup: Setup, client: str, secret: int | None = None) -> None:
         self.setup = setup
         self.method = setup.method
         self.data = MemberData(setup, client)
@@ -64,8 +64,9 @@ class Member:
             examples=len(self.data.split.train),
             tensors=self.method.initial(client),
             data=self.data,
-            secret=derive(setup.recipe.seed, "secret", client),
+            secret=derive(setup.recipe.seed, "secret", client) if secret is None else secret,
         )
+        self.most = _largest_download(self.method, self.client)
 
     # -- messages ------------------------------------------------------------------------------------------------
 
@@ -74,14 +75,25 @@ class Member:
         return None if message is None else encode(message, self.setup.recipe.message.dtype)
 
     def settle(self, data: bytes) -> None:
-        message = decode(data)
-        self.method.settle(self.client, message)
+        """Take the welcome in.
+
+        Raises
+        ------
+        MessageError
+            If it cannot be used; the client is then as it was before.
+        """
+        message = decode(data, self.most)
+        self._become(self._after(self.method.settle, message))
         self.uplink.settled(message)
 
     def receive(self, data: bytes) -> None:
-        message = decode(data)
-        self.method.receive(self.client, message)
+        """Take a reply in; raises as `settle` does."""
+        message = decode(data, self.most)
+        self._become(self._after(self.method.receive, message))
         self.uplink.received(message)
+
+    def _become(self, shadow: Client) -> None:
+        self.client.tensors, self.client.notes = shadow.tensors, shadow.notes
 
     def accepted(self) -> None:
         """The server has taken this client's last upload."""
@@ -138,9 +150,25 @@ class Member:
 
     def preview(self, data: bytes | None) -> Client:
         """This client as it would be after receiving ``data``; what it has stays as it is."""
-        shadow = Client(**{**vars(self.client), "tensors": dict(self.client.tensors), "notes": dict(self.client.notes)})
-        if data is not None:
-            self.method.receive(shadow, decode(data))
+        return self.client if data is None else self._after(self.method.receive, decode(data, self.most))
+
+    def _after(self, take: Callable[[Client, Message], None], message: Message) -> Client:
+        """This client as a message would leave it, if it leaves it with tensors of the names and shapes it works with.
+
+        What a reply holds is the method's affair; what it must not do is the same for all of them.
+        """
+        now = self.client
+        shadow = Client(**{**vars(now), "tensors": dict(now.tensors), "notes": dict(now.notes)})
+        try:
+            take(shadow, message)
+            shapes = {name: tuple(tensor.shape) for name, tensor in now.tensors.items()}
+            shapes |= self.method.adapter.shapes(self.method.adapter.rank(shadow.tensors))  # a rank may change
+            check(Message(shadow.tensors), shapes)
+            for name, note in shadow.notes.items():
+                if note is not now.notes.get(name) and (shape := _shape_of_note(name, shapes)) is not None:
+                    check(Message({name: note}), {name: shape})
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, MessageError) as error:
+            raise MessageError(f"what the server sent cannot be used: {error}") from None
         return shadow
 
     def question(self, split: SplitName, data: bytes | None) -> Question:
@@ -166,4 +194,22 @@ class Member:
             groups.setdefault(group, {})[rest] = tensor
         self.client.tensors, self.client.notes = groups.pop("model"), groups.pop("notes")
         self.uplink.restore(groups)
-        self.moments = {group.partition("@")[2]: moments for group, moments in groups.items()}
+        # What else stands in it is not a member's.
+        ours = {group: moments for group, moments in groups.items() if group.partition("@")[0] == "moments"}
+        self.moments = {group.partition("@")[2]: moments for group, moments in ours.items()}
+
+
+def _shape_of_note(name: str, shapes: Shapes) -> tuple[int, ...] | None:
+    """The shape of a note that a method keeps of a tensor of the model, such as ``control/c/head/bias``."""
+    parts = name.split("/")
+    of = ("/".join(parts[i:]) for i in range(1, len(parts)))
+    return next((shapes[tensor] for tensor in of if tensor in shapes), None)
+
+
+def _largest_download(method: Method, client: Client) -> int:
+    """Bytes that no welcome and no reply exceeds: several times the model at its largest, dense updates included."""
+    context = method.context
+    widest = method.adapter.shapes(max(*context.ranks.values(), context.promote or 1))
+    numbers = sum(tensor.numel() for tensor in client.tensors.values()) + sum(map(math.prod, widest.values()))
+    dense = sum(site.d_in * site.d_out for site in context.sites)
+    return 16 * (numbers + dense) + (1 << 20)

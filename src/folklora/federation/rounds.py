@@ -5,54 +5,21 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any, NoReturn, Protocol
 
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import FolkLoraError, RunError
 from folklora.federation.codec import decode, encode
 from folklora.federation.compression import Compression
-from folklora.federation.member import SplitName
+from folklora.federation.engine import Asked, Engine
+from folklora.federation.ledger import Ledger, round_to
 from folklora.federation.rundir import Checkpoint, RunDirectory
 from folklora.federation.scores import Score, summarise
+from folklora.federation.summary import Final, summary
 from folklora.methods.base import Message, Method, State
 from folklora.randomness import derive
 from folklora.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Upload:
-    """What came back from a client's training: an encoded message, nothing (``data`` None), or a ``failure``."""
-
-    client: str
-    data: bytes | None
-    loss: float = math.nan
-    failure: str | None = None
-
-
-class Engine(Protocol):
-    """Carries messages between the round loop and the members. ``local`` calls them; a network engine sends."""
-
-    def sketches(self) -> Iterator[tuple[str, bytes | None]]: ...
-    def settle(self, client: str, data: bytes) -> None: ...
-    def receive(self, client: str, data: bytes) -> None: ...
-    def train(self, round: int, clients: Sequence[str]) -> Iterator[Upload]: ...
-    def accepted(self, clients: Sequence[str]) -> None: ...
-    def scores(
-        self, split: SplitName, clients: Sequence[str], replies: Mapping[str, bytes | None]
-    ) -> dict[str, Score]: ...
-    def global_score(self, tensors: Tensors) -> Score | None: ...
-    def aggregation_error(
-        self, clients: Sequence[str], replies: Mapping[str, bytes | None], mixing: Tensor
-    ) -> float | None: ...
-    def records(self, clients: Sequence[str]) -> dict[str, Tensors]: ...
-    def restore(self, records: Mapping[str, Tensors]) -> None: ...
-
 
 SKETCH_NAMES = 1 << 16
 """Bytes of a sketch beside its numbers: names, shapes, scales."""
@@ -76,23 +43,6 @@ class Silent:
     def line(self, metrics: Mapping[str, Any]) -> None: ...
 
 
-@dataclass
-class Ledger:
-    """What one round cost: bytes of each client in each direction, and seconds in each phase."""
-
-    up: Counter[str] = field(default_factory=Counter)
-    down: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
 class Rounds:
     """Runs a method over an engine, committing every round to the run directory; starts where the directory stands."""
 
@@ -111,6 +61,7 @@ class Rounds:
         self.method = method
         self.compression = Compression(recipe.message, method)
         self.clients = list(clients)
+        self.needed = max(1, recipe.engine.min_clients)
         self.progress = progress
         self.state: State = {}
         self.delivered: dict[str, str] = {}  # client -> which reply it has
@@ -140,20 +91,50 @@ class Rounds:
         """Be where a checkpoint was."""
         self.run.metrics()  # a damaged history is found now rather than after the last round
         records = {client: self.run.tensors(checkpoint, name) for client, name in checkpoint.clients.items()}
-        self.engine.restore(records)
         self.state = self.run.tensors(checkpoint, checkpoint.server)
         self.delivered = dict(checkpoint.delivered)
         self.checkpoint = checkpoint
+        self._restore(records)
+
+    def _restore(self, records: Mapping[str, Tensors]) -> None:
+        for client in self.engine.restore(records):
+            welcome = self._welcome(client)
+            if welcome is not None:
+                self.engine.settle(client, welcome)
+
+    def _present(self, round: int, clients: Sequence[str], least: int) -> list[str]:
+        """Who of them is there.
+
+        Raises
+        ------
+        RunError
+            If those are too few, however long the engine waited.
+        """
+        there = set(self.engine.present(round, clients, least))
+        found = [client for client in clients if client in there]
+        if len(found) < self.needed:
+            self._too_few(round, f"{len(found)} of {len(clients)} clients are connected")
+        return found
+
+    def _too_few(self, round: int, found: str) -> NoReturn:
+        kept = f"the run stands as round {self._committed()} left it" if self.checkpoint else "nothing is committed yet"
+        raise RunError(f"round {round}: {found}, {self.needed} needed (engine.min_clients); {kept}; it can be resumed")
 
     # -- once, before the first round ----------------------------------------------------------------------------
 
     def begin(self) -> None:
         ledger = Ledger()
-        failed: dict[str, str] = {}
         sketches: dict[str, Message] = {}
-        self.progress.phase("sketch", len(self.clients))
+        there = self._present(0, self.clients, len(self.clients))
+        silent = set(there)
+        failed = dict.fromkeys(set(self.clients) - silent, "not connected")
+        self.progress.phase("sketch", len(there))
         with ledger.timed("sketch"):
-            for client, data in self.engine.sketches():
+            for client, data in self.engine.sketches(there):
+                if client not in silent:
+                    ledger.ignored["duplicate" if client in there else "unasked"] += 1
+                    continue
+                silent.discard(client)
                 if data is not None:
                     ledger.up[client] += len(data)
                     try:
@@ -164,22 +145,24 @@ class Rounds:
                     except FolkLoraError as error:
                         failed[client] = str(error)
                 self.progress.advance()
+        failed |= dict.fromkeys(silent, "did not answer")
+        self._enough(0, there, failed)
         with ledger.timed("aggregate"):
-            self.state = self.method.begin(sketches)
+            # In the clients' order, not that of arrival.
+            self.state = self.method.begin({client: sketches[client] for client in there if client in sketches})
         with ledger.timed("sketch"):
             for client in self.clients:
-                welcome = self.method.welcome(self.state, client)
+                welcome = self._welcome(client)
                 if welcome is not None:
-                    data = encode(welcome, self.recipe.message.dtype)
-                    ledger.down[client] += len(data)
-                    self.engine.settle(client, data)
-        self.commit(0, self.clients, self._line(0, [], failed, None, None, None, ledger))
+                    ledger.down[client] += len(welcome)
+                    self.engine.settle(client, welcome)
+        self.commit(0, self.clients, ledger.line(self.clients, 0, [], failed, None, None, None))
 
     # -- one round -----------------------------------------------------------------------------------------------
 
     def sampled(self, round: int) -> list[str]:
         """The round's clients: the smallest of N numbers derived from (seed, client, round); no order enters."""
-        count = max(1, round_half_up(self.recipe.train.participation * len(self.clients)))
+        count = self.recipe.train.sampled(len(self.clients))
         seed = self.recipe.seed
         chosen = set(sorted(self.clients, key=lambda client: derive(seed, "sample", client, round))[:count])
         return [client for client in self.clients if client in chosen]
@@ -192,13 +175,17 @@ class Rounds:
         assert self.checkpoint is not None
         ledger = Ledger()
         sampled = self.sampled(round)
-        failed = {client: "dropped out (simulated)" for client in sampled if self.drops_out(round, client)}
-        working = [client for client in sampled if client not in failed]
+        there = self._present(round, sampled, self.needed)
+        failed = dict.fromkeys(set(sampled) - set(there), "not connected")
+        failed |= {client: "dropped out (simulated)" for client in there if self.drops_out(round, client)}
+        working = [client for client in there if client not in failed]
         with ledger.timed("aggregate"):
-            for client in sampled:
-                self._deliver(client, ledger, lost=client in failed)
-        messages, losses = self._train(round, working, failed, ledger)
-        took_part = [client for client in working if client in losses]
+            sent = {client: self._deliver(client, ledger, lost=client in failed) for client in there}
+        messages, losses, heard = self._train(round, working, failed, ledger)
+        self.delivered |= {client: digest for client in heard if (digest := sent[client]) is not None}
+        took_part = list(losses)
+        self._enough(round, there, failed)
+        self._take_back([client for client in working if client not in losses])
         error = None
         if messages:
             with ledger.timed("aggregate"):
@@ -208,22 +195,36 @@ class Rounds:
         validation = None
         if took_part and (round % self.recipe.train.evaluate_every == 0 or round == self.method.rounds()):
             validation = self._validate(took_part, ledger)
+        if validation is not None:
             self.state = self.method.validated(round, self.state, validation["clients"])
         loss = sum(losses.values()) / len(losses) if losses else None
-        line = self._line(round, sampled, failed, loss, validation, error, ledger)
-        # Also whoever failed after it received or trained: a resumed run must find it as it is now.
+        line = ledger.line(self.clients, round, sampled, failed, loss, validation, error)
+        # Whoever failed is as it was; but the engine may have something to note of it.
         self.commit(round, working, line, validation)
         self.progress.line(line)
 
     def _train(
         self, round: int, working: list[str], failed: dict[str, str], ledger: Ledger
-    ) -> tuple[dict[str, Message], dict[str, float]]:
-        """Local training; what arrives malformed, or not at all, fails its client for this round and nobody else."""
+    ) -> tuple[dict[str, Message], dict[str, float], set[str]]:
+        """Local training; what arrives malformed, or not at all, fails its client for this round and nobody else.
+
+        Messages and losses of those that took part, in the clients' order (uploads arrive as they are done, and nothing
+        may depend on that), and who answered at all. The first answer of a client to this round counts.
+        """
         arrived: dict[str, Message] = {}
         losses: dict[str, float] = {}
+        heard: set[str] = set()
+        asked = frozenset(working)
         self.progress.phase(f"round {round}", len(working))
         with ledger.timed("train"):
             for upload in self.engine.train(round, working):
+                client = upload.client
+                ledger.up[client] += len(upload.data or b"")
+                if upload.round != round or client in heard or client not in asked:
+                    reason = "late" if upload.round != round else "duplicate" if client in heard else "unasked"
+                    ledger.ignored[reason] += 1
+                    continue
+                heard.add(client)
                 self.progress.advance()
                 try:
                     if upload.failure is not None:
@@ -231,22 +232,38 @@ class Rounds:
                     if not math.isfinite(upload.loss):
                         raise RunError(f"training loss = {upload.loss}; allowed: a finite number")
                     if upload.data is not None:
-                        ledger.up[upload.client] += len(upload.data)
-                        expected = self.method.expected(round, self.state, upload.client)
-                        message = self.compression.read(
-                            round, upload.client, upload.data, expected, self._said(upload.client)
-                        )
-                        self.method.check_update(round, self.state, upload.client, message)
-                        arrived[upload.client] = message
-                    losses[upload.client] = upload.loss
+                        expected = self.method.expected(round, self.state, client)
+                        message = self.compression.read(round, client, upload.data, expected, self._said(client))
+                        self.method.check_update(round, self.state, client, message)
+                        arrived[client] = message
+                    losses[client] = upload.loss
                 except FolkLoraError as error:
-                    failed[upload.client] = str(error)
-        for client in working:
-            if client not in losses:
-                failed.setdefault(client, "did not answer")
-        self.engine.accepted(list(arrived))
-        # Messages arrive as clients finish; aggregation must not depend on that order.
-        return {client: arrived[client] for client in working if client in arrived}, losses
+                    failed[client] = str(error)
+        failed |= {client: "did not answer" for client in working if client not in heard}
+        self.engine.accepted([client for client in working if client in arrived])
+        return (
+            {client: arrived[client] for client in working if client in arrived},
+            {client: losses[client] for client in working if client in losses},
+            heard,
+        )
+
+    def _enough(self, round: int, there: Sequence[str], failed: Mapping[str, str]) -> None:
+        """Raises RunError if fewer took part than ``engine.min_clients``."""
+        missing = [client for client in there if client in failed]
+        if len(there) - len(missing) < self.recipe.engine.min_clients:
+            reasons = f"client {missing[0]!r}: {failed[missing[0]]}" if missing else "no more are sampled"
+            self._too_few(round, f"{len(there) - len(missing)} of {len(there)} clients took part ({reasons})")
+
+    def _take_back(self, clients: Sequence[str]) -> None:
+        """Whoever failed has not taken part, whatever became of its upload: it is as the last committed round left it,
+        and so it would be after a resume."""
+        assert self.checkpoint is not None
+        names = self.checkpoint.clients
+        self._restore({client: self.run.tensors(self.checkpoint, names[client]) for client in clients})
+
+    def _welcome(self, client: str) -> bytes | None:
+        message = self.method.welcome(self.state, client)
+        return None if message is None else encode(message, self.recipe.message.dtype)
 
     def _reply(self, client: str) -> bytes | None:
         message = self.method.reply(self.state, client)
@@ -263,33 +280,40 @@ class Rounds:
         yield self.method.welcome(self.state, client)
         yield self.method.reply(self.state, client) if self._committed() else None
 
-    def _deliver(self, client: str, ledger: Ledger, *, lost: bool = False) -> None:
-        """Bring a client up to the server's state; before the first round its welcome was that."""
+    def _deliver(self, client: str, ledger: Ledger, *, lost: bool = False) -> str | None:
+        """Bring a client up to the server's state, before the first round its welcome was that; what it was sent."""
         reply = self._reply(client) if self._committed() else None
         if reply is None:
-            return
-        self._count(client, reply, ledger, lost=lost)
+            return None
         if not lost:
             self.engine.receive(client, reply)
+        return self._count(client, reply, ledger)
 
-    def _count(self, client: str, reply: bytes, ledger: Ledger, *, lost: bool = False) -> None:
-        """Bytes down count once: a client that has this very reply already is not sent it again."""
+    def _count(self, client: str, reply: bytes, ledger: Ledger) -> str:
+        """Bytes down count once: a client that is known to have this very reply is not sent it again."""
         digest = hashlib.sha256(reply).hexdigest()
         if self.delivered.get(client) != digest:
             ledger.down[client] += len(reply)
-            if not lost:
-                self.delivered[client] = digest
+        return digest
 
     def _committed(self) -> int:
         return self.checkpoint.round if self.checkpoint else 0
 
-    def _validate(self, clients: list[str], ledger: Ledger) -> dict[str, Any]:
+    def _validate(self, clients: list[str], ledger: Ledger) -> dict[str, Any] | None:
         replies = {client: self._reply(client) for client in clients}
-        for client, reply in replies.items():
-            if reply is not None:
-                self._count(client, reply, ledger)
         with ledger.timed("evaluate"):
-            return summarise(self.engine.scores("validation", clients, replies))
+            (scores,) = self._scores(clients, [("validation", replies)], ledger)
+        return summarise(scores) if scores else None
+
+    def _scores(self, clients: Sequence[str], questions: Sequence[Asked], ledger: Ledger) -> list[dict[str, Score]]:
+        """One exchange, its answers in the clients' order; who answered has the reply that was part of a question."""
+        found = self.engine.scores(clients, questions)
+        told = {client: reply for _, replies in questions for client, reply in replies.items() if reply is not None}
+        for client, reply in told.items():
+            digest = self._count(client, reply, ledger)
+            if any(client in scores for scores in found):
+                self.delivered[client] = digest
+        return [{client: scores[client] for client in clients if client in scores} for scores in found]
 
     def _aggregation_error(self, messages: Mapping[str, Message]) -> float | None:
         mixing = self.method.mixing(self.state, messages)
@@ -298,34 +322,6 @@ class Rounds:
         replies = {client: self._reply(client) for client in messages}
         error = self.engine.aggregation_error(list(messages), replies, mixing)
         return error if error is not None and math.isfinite(error) else None
-
-    def _line(
-        self,
-        round: int,
-        sampled: list[str],
-        failed: Mapping[str, str],
-        loss: float | None,
-        validation: Mapping[str, Any] | None,
-        error: float | None,
-        ledger: Ledger,
-    ) -> dict[str, Any]:
-        return {
-            "round": round,
-            "participants": [client for client in sampled if client not in failed],
-            "failed": dict(failed),
-            "train_loss": loss,
-            "validation": validation,
-            "bytes_up": ledger.up.total(),
-            "bytes_down": ledger.down.total(),
-            "bytes_up_clients": self._by_client(ledger.up),
-            "bytes_down_clients": self._by_client(ledger.down),
-            "aggregation_error": error,
-            "seconds": {phase: round_to(seconds, 4) for phase, seconds in ledger.seconds.items()},
-        }
-
-    def _by_client(self, counts: Mapping[str, int]) -> dict[str, int]:
-        # In the clients' order, not that of arrival, so that a line is the same in every engine.
-        return {client: counts[client] for client in self.clients if counts.get(client)}
 
     def commit(
         self, round: int, changed: Sequence[str], line: dict[str, Any], validation: Mapping[str, Any] | None = None
@@ -358,86 +354,29 @@ class Rounds:
         if self.recipe.train.patience is not None and (best := self.run.checkpoint(best=True)) is not None:
             self.load(best)
         ledger = Ledger()
-        self.progress.phase("test", 2)
+        there = self._present(self._committed() + 1, self.clients, len(self.clients))
+        self.progress.phase("test", 1)
         with ledger.timed("evaluate"):
-            tuned = self.engine.scores("test", self.clients, {})
-            tuned_validation = self.engine.scores("validation", self.clients, {})
+            replies = {client: self._reply(client) if self._committed() else None for client in there}
+            questions: list[Asked] = [("test", {}), ("validation", {})]
+            if any(reply is not None for reply in replies.values()):
+                questions += [("test", replies), ("validation", replies)]
+            found = self._scores(there, questions, ledger)
+            answered = [client for client in there if all(client in scores for scores in found)]
+            if not answered:
+                self._too_few(self._committed(), f"none of {len(there)} clients answered the last question")
+            # Where nobody has a reply, the models are the same before and after it.
+            tuned, tuned_validation, received, received_validation = (
+                {client: scores[client] for client in answered} for scores in (found + found)[:4]
+            )
+            final = Final(tuned, tuned_validation, received, received_validation, self._global_score())
             self.progress.advance()
-            replies: dict[str, bytes | None] = {}
-            for client in self.clients:
-                reply = replies[client] = self._reply(client) if self._committed() else None
-                if reply is not None:
-                    self._count(client, reply, ledger)
-            changed = [client for client in self.clients if replies[client] is not None]
-            received = {**tuned, **self.engine.scores("test", changed, replies)}
-            received_validation = {**tuned_validation, **self.engine.scores("validation", changed, replies)}
-            chosen = {
-                client: received[client]
-                if received_validation[client].accuracy >= tuned_validation[client].accuracy
-                else tuned[client]
-                for client in self.clients
-            }
-            common = self._global_score()
-            self.progress.advance()
-        summary = self._summary(received, tuned, chosen, received_validation, common, ledger)
-        return {**summary, "stopped_early": stopped_early}
+        written = summary(self.recipe, self.clients, self._committed(), self.run.metrics(), final, ledger)
+        return {**written, "stopped_early": stopped_early}
 
     def _global_score(self) -> Score | None:
-        anyone = next(iter(self.engine.records(self.clients[:1]).values()))
-        tensors = {name.removeprefix("model/"): t for name, t in anyone.items() if name.startswith("model/")}
-        model = self.method.global_model(self.state, self.clients[0], tensors)
+        """Of the global model, as a client that never trained would have it: no one's private tensors are asked for."""
+        client, welcome = self.clients[0], self._welcome(self.clients[0])
+        fresh = {**self.method.initial(client), **(decode(welcome).tensors if welcome is not None else {})}
+        model = self.method.global_model(self.state, client, fresh)
         return None if model is None else self.engine.global_score(model)
-
-    def _summary(
-        self,
-        received: Mapping[str, Score],
-        tuned: Mapping[str, Score],
-        chosen: Mapping[str, Score],
-        validation: Mapping[str, Score],
-        common: Score | None,
-        ledger: Ledger,
-    ) -> dict[str, Any]:
-        lines = self.run.metrics()
-        once, rounds = lines[0], lines[1:]
-        turns = max(1, sum(len(m["participants"]) + len(m["failed"]) for m in rounds))
-        errors = [m["aggregation_error"] for m in rounds if m["aggregation_error"] is not None]
-        seconds = [s for m in lines for s in m["seconds"].values()]
-        test = summarise(received)
-        row = {
-            "method": self.recipe.method.name,
-            "seed": self.recipe.seed,
-            "accuracy_mean": test["mean"],
-            "accuracy_std_clients": test["std"],
-            "accuracy_worst_tenth": test["worst_tenth"],
-            "accuracy_weighted": test["weighted"],
-            "accuracy_tuned_mean": summarise(tuned)["mean"],
-            "accuracy_chosen_mean": summarise(chosen)["mean"],
-            "accuracy_global": common.accuracy if common else None,
-            "validation_mean": summarise(validation)["mean"],
-            "bytes_up_per_client_round": sum(m["bytes_up"] for m in rounds) / turns,
-            "bytes_down_per_client_round": (sum(m["bytes_down"] for m in rounds) + ledger.down.total()) / turns,
-            "bytes_once_per_client": (once["bytes_up"] + once["bytes_down"]) / len(self.clients),
-            "rounds": self._committed(),
-            "seconds_train": sum(m["seconds"].get("train", 0.0) for m in rounds),
-            "seconds_total": sum(seconds) + sum(ledger.seconds.values()),
-            "aggregation_error": sum(errors) / len(errors) if errors else None,
-        }
-        return {
-            "row": row,
-            "clients": {
-                client: {
-                    "accuracy": received[client].accuracy,
-                    "accuracy_tuned": tuned[client].accuracy,
-                    "accuracy_chosen": chosen[client].accuracy,
-                }
-                for client in self.clients
-            },
-        }
-
-
-def round_half_up(value: float) -> int:
-    return math.floor(value + 0.5)
-
-
-def round_to(value: float, digits: int) -> float:
-    return float(f"{value:.{digits}f}")

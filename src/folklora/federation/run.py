@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,15 @@ from folklora.backbones.backbone import find as find_backbone
 from folklora.data.partition import to_json
 from folklora.errors import DataError, RecipeError, RunError
 from folklora.federation.codec import encode
+from folklora.federation.engine import Engine
+from folklora.federation.faults import with_faults
+from folklora.federation.folder import MemberFolder
 from folklora.federation.local import LocalEngine
 from folklora.federation.rounds import Progress, Rounds, Silent
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import Setup, federated_data, prepare, validate
-from folklora.federation.trackers import track
+from folklora.federation.standing import own_model
+from folklora.federation.trackers import refuse_unreachable, track
 from folklora.recipe import Recipe
 from folklora.training.prediction import Question
 from folklora.training.prediction import predict as answer
@@ -43,10 +47,12 @@ def run(recipe: Recipe, out: str | Path, progress: Progress | None = None) -> Su
     FolkLoraError
         Before work starts, for anything in the recipe, the data or the directory that cannot be.
     """
-    validate(recipe)
+    _refuse_network(recipe)
     setup = prepare(recipe)
+    engine = _local(setup)
+    refuse_unreachable(recipe.track)
     directory = RunDirectory.create(out, recipe, to_json(setup.data.table, setup.data.splits))
-    return _play(directory, setup, progress or Silent())
+    return play(directory, setup, engine, progress or Silent())
 
 
 def resume(path: str | Path, progress: Progress | None = None, *, previous: bool = False) -> Summary:
@@ -62,7 +68,20 @@ def resume(path: str | Path, progress: Progress | None = None, *, previous: bool
         directory.step_back()
     if directory.finished:
         return read_summary(directory)
-    return _play(directory, _prepared(directory), progress or Silent())
+    _refuse_network(directory.recipe)
+    setup = _prepared(directory)
+    return play(directory, setup, _local(setup), progress or Silent())
+
+
+def _local(setup: Setup) -> Engine:
+    return with_faults(LocalEngine(setup), setup.recipe)
+
+
+def _refuse_network(recipe: Recipe) -> None:
+    if recipe.engine.kind != "local":
+        raise RecipeError(
+            f'engine.kind = "{recipe.engine.kind}" runs over a network: `folklora serve`; allowed here: "local"'
+        )
 
 
 def _prepared(directory: RunDirectory) -> Setup:
@@ -78,14 +97,24 @@ def _prepared(directory: RunDirectory) -> Setup:
     return setup
 
 
-def _play(directory: RunDirectory, setup: Setup, progress: Progress) -> Summary:
+def play(
+    directory: RunDirectory,
+    setup: Setup,
+    engine: Engine,
+    progress: Progress,
+    examples: Callable[[str], dict[str, int]] | None = None,
+) -> Summary:
+    """Play a run to its end with an engine, from where its directory stands.
+
+    ``examples`` tells how many a client has in each split, where the setup's own splits do not.
+    """
     with directory.locked(), track(setup.recipe, directory.path, progress) as told:
-        rounds = Rounds(setup.recipe, directory, LocalEngine(setup), setup.method, list(setup.data.splits), told)
+        rounds = Rounds(setup.recipe, directory, engine, setup.method, list(setup.data.splits), told)
         summary = rounds.play()
-        for client, split in setup.data.splits.items():
-            summary["clients"][client]["examples"] = {
-                part: len(getattr(split, part)) for part in ("train", "validation", "test")
-            }
+        for client, result in summary["clients"].items():
+            split = setup.data.splits[client]
+            own = {part: len(getattr(split, part)) for part in ("train", "validation", "test")}
+            result["examples"] = own if examples is None else examples(client)
         summary["environment"] = environment(setup)
         insight = setup.method.insight(rounds.state)
         if insight:
@@ -158,12 +187,13 @@ def compare(
     plan = [(text, variant(recipe, text, recipe.seed + s)) for s in range(seeds) for text in methods]
     out = Path(out)
     for text, each in plan:  # all refusals come before any work
+        _refuse_network(each)
         validate(each)
         _refuse_another_recipe(each, out / run_name(text, each.seed))
     for _, each in plan:
         federated_data(each.data, each.seed)  # not every seed can be dealt
         if each.seed == recipe.seed:  # what a method refuses of a recipe, it refuses with every seed
-            prepare(each)
+            prepare(each).task.backbone.refuse_packing(each.train.packed)
     rows, runs = [], []
     for text, each in plan:
         name = run_name(text, each.seed)
@@ -210,12 +240,21 @@ class ClientModel:
 def client_model(path: str | Path, client: str, *, tuned: bool = False) -> ClientModel:
     """The model a client ended with: after the server's last reply, or (``tuned``) after its own last training.
 
+    ``path`` is a run directory or, of a network run, the folder that a member keeps of it.
+
     Raises
     ------
     RunError
         If the run has no such client or nothing committed yet.
     """
+    if (brief := MemberFolder(Path(path)).brief()) is not None:
+        if client != brief.client:
+            raise RunError(f"{path}: no client {client!r} in a member's folder; allowed: {brief.client}")
+        setup, tensors = own_model(MemberFolder(Path(path)), brief, tuned=tuned)
+        return ClientModel(setup, client, setup.method.adapter.rank(tensors), tensors)
     directory = RunDirectory.open(path)
+    if directory.recipe.engine.kind != "local":
+        raise RunError(f"{path}: the members' models are at the members; allowed: a member's folder, .../runs/<run>")
     setup = _prepared(directory)
     if client not in setup.data.splits:
         known = ", ".join(list(setup.data.splits)[:12])

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import RunError
+from folklora.federation.files import write_whole
 from folklora.recipe import Recipe
 
 CURRENT, PREVIOUS, BEST = "checkpoint.json", "checkpoint-previous.json", "checkpoint-best.json"
@@ -199,19 +200,8 @@ class RunDirectory:
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         """Write a file whole or not at all; ``durable``: also if the power fails right afterwards."""
         path = self.path / name
-        temporary = path.with_name(f".{path.name}.part")
         with _reported(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    if durable:
-                        os.fsync(file.fileno())
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+            write_whole(path, data, durable=durable)
 
     def _sweep(self, current: Checkpoint) -> None:
         """Remove files that no kept checkpoint names."""

@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from folklora.adapters.lowrank import Tensors
+from folklora.federation.setup import Setup
+from folklora.training.prediction import Question, predict
+
 
 @dataclass(frozen=True)
 class Score:
@@ -37,3 +41,12 @@ def summarise(scores: Mapping[str, Score]) -> dict[str, Any]:
         "weighted": sum(s.correct for s in scores.values()) / sum(s.examples for s in scores.values()),
         "clients": {client: score.accuracy for client, score in scores.items()},
     }
+
+
+def common_score(setup: Setup, tensors: Tensors) -> Score | None:
+    """A common model on the common test set; None if the data has none."""
+    if setup.data.test is None:
+        return None
+    question = Question("global", setup.method.adapter.rank(tensors), tensors, setup.test_encoded)
+    answer = predict(setup.task, setup.method.adapter, [question])["global"]
+    return Score.of(answer, setup.data.test.labels)

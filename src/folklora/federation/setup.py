@@ -6,9 +6,9 @@ that changed on disk since is read again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,8 @@ class Setup:
     ----------
     encoded, test_encoded
         Token ids of every example of the table and of the common test set.
+    frozen_features
+        [n, d] float32: the frozen backbone's features of every example; computed once, when first asked for.
     """
 
     recipe: Recipe
@@ -54,14 +56,11 @@ class Setup:
     method: Method
     encoded: list[TokenIds]
     test_encoded: list[TokenIds]
+    frozen_features: Callable[[], Tensor]
 
     @property
     def ranks(self) -> Mapping[str, int]:
         return self.method.context.ranks
-
-    def frozen_features(self) -> Tensor:
-        """[n, d] float32: the frozen backbone's features of every example; computed once."""
-        return _features(self.recipe.model, self.recipe.adapter, self.recipe.data, self.recipe.seed)
 
     def examples(self, indices: np.ndarray) -> tuple[list[TokenIds], np.ndarray]:
         return [self.encoded[i] for i in indices], self.data.table.labels[indices]
@@ -72,16 +71,28 @@ def validate(recipe: Recipe) -> None:
     check_options(recipe.method.name, recipe.method.options)
 
 
+def refuse_too_few(recipe: Recipe, clients: int) -> None:
+    """Raises RecipeError if a round never has as many clients as it needs."""
+    sampled = recipe.train.sampled(clients)
+    if recipe.engine.min_clients > sampled:
+        raise RecipeError(
+            f"engine.min_clients = {recipe.engine.min_clients}, of {clients} clients {sampled} are sampled a round; "
+            f"allowed: at most {sampled}"
+        )
+
+
 def prepare(recipe: Recipe) -> Setup:
     """Load what the recipe names; the cheap refusals come first."""
     validate(recipe)
     _forget_changed_files(recipe)
     data = federated_data(recipe.data, recipe.seed)
+    refuse_too_few(recipe, len(data.splits))
     ranks = client_ranks(recipe, list(data.splits))
-    task = _task(recipe.model, recipe.adapter, recipe.data, recipe.seed)
+    task = task_of(recipe.model, recipe.adapter, data.table.classes)
     method = build(recipe.method.name, recipe.method.options, context(recipe, task, ranks))
-    encoded, test_encoded = _encoded(recipe.model, recipe.adapter, recipe.data, recipe.seed)
-    return Setup(recipe, data, task, method, encoded, test_encoded)
+    key = (recipe.model, _key(recipe.adapter), recipe.data, recipe.seed)
+    encoded, test_encoded = _encode(*key)
+    return Setup(recipe, data, task, method, encoded, test_encoded, partial(_compute_features, *key))
 
 
 def context(recipe: Recipe, task: Classification, ranks: Mapping[str, int]) -> Context:
@@ -179,11 +190,10 @@ def load_backbone(
     return Backbone.load(name, targets=targets, norm=norm, device=device, dtype=dtype, weight_bits=weight_bits)
 
 
-def _task(model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int) -> Classification:
+def task_of(model: ModelSection, adapter: AdapterSection, classes: Sequence[str]) -> Classification:
     bits = None if model.bits is None else WeightBits(model.bits, model.salient, model.block)
     backbone = load_backbone(model.name, adapter.targets, adapter.norm, model.device, model.dtype, bits)
-    classes = len(federated_data(data, seed).table.classes)
-    return Classification(backbone, classes, pooling=model.pooling, max_length=model.max_length)
+    return Classification(backbone, len(classes), pooling=model.pooling, max_length=model.max_length)
 
 
 # A rank list is not hashable; what the caches depend on is the model, the targets and the data.
@@ -191,26 +201,16 @@ def _key(adapter: AdapterSection) -> AdapterSection:
     return AdapterSection(targets=adapter.targets, norm=adapter.norm)
 
 
-def _encoded(
-    model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int
-) -> tuple[list[TokenIds], list[TokenIds]]:
-    return _encode(model, _key(adapter), data, seed)
-
-
 @lru_cache(maxsize=4)
 def _encode(
     model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int
 ) -> tuple[list[TokenIds], list[TokenIds]]:
-    task = _task(model, adapter, data, seed)
     found = federated_data(data, seed)
+    task = task_of(model, adapter, found.table.classes)
     return task.encode(found.table.inputs), task.encode(found.test.inputs) if found.test else []
-
-
-def _features(model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int) -> Tensor:
-    return _compute_features(model, _key(adapter), data, seed)
 
 
 @lru_cache(maxsize=4)
 def _compute_features(model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int) -> Tensor:
     encoded, _ = _encode(model, adapter, data, seed)
-    return torch.from_numpy(features(_task(model, adapter, data, seed), encoded))
+    return torch.from_numpy(features(task_of(model, adapter, federated_data(data, seed).table.classes), encoded))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from folklora.errors import RunError
 from folklora.federation.rounds import Progress
-from folklora.recipe import Recipe
+from folklora.recipe import Recipe, TrackSection
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,16 @@ def track(recipe: Recipe, folder: Path, progress: Progress) -> Iterator[Progress
         yield _Told(progress, trackers) if trackers else progress
 
 
+def refuse_unreachable(section: TrackSection) -> None:
+    """Raises RunError as `track` does, but before there is a run directory to leave behind."""
+    if section.tensorboard:
+        _summary_writer()
+    if (uri := section.mlflow) is not None:
+        mlflow = _import_mlflow()
+        with _refused(uri):
+            mlflow.MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+
+
 class _TensorBoard:
     def __init__(self, writer: Any) -> None:
         self.writer = writer
@@ -80,13 +90,17 @@ class _TensorBoard:
         self.writer.add_scalar(name, value, step)
 
 
-@contextmanager
-def _tensorboard(folder: Path) -> Iterator[_Tracker]:
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise RunError('track.tensorboard = true: not installed; pip install "folklora[trackers]"') from None
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
+    return SummaryWriter
+
+
+@contextmanager
+def _tensorboard(folder: Path) -> Iterator[_Tracker]:
+    with _summary_writer()(str(folder / "tensorboard")) as writer:
         yield _TensorBoard(writer)
 
 
@@ -98,14 +112,28 @@ class _MLflow:
         self.module.log_metric(name, value, step=step)
 
 
-@contextmanager
-def _mlflow(recipe: Recipe, uri: str, folder: Path) -> Iterator[_Tracker]:
-    saved = folder / "mlflow.txt"  # the id of MLflow's run: a resumed run goes on with it
+def _import_mlflow() -> Any:
     try:
         import mlflow
     except ImportError:
         raise RunError('track.mlflow is set: not installed; pip install "folklora[trackers]"') from None
+    return mlflow
+
+
+@contextmanager
+def _refused(uri: str) -> Iterator[None]:
+    """Whatever is raised, MLflow's own, SQLAlchemy's or the network's, as one line."""
     try:
+        yield
+    except Exception as error:
+        raise RunError(f"track.mlflow = {uri!r}: {str(error).strip() or type(error).__name__}") from error
+
+
+@contextmanager
+def _mlflow(recipe: Recipe, uri: str, folder: Path) -> Iterator[_Tracker]:
+    saved = folder / "mlflow.txt"  # the id of MLflow's run: a resumed run goes on with it
+    mlflow = _import_mlflow()
+    with _refused(uri):
         mlflow.set_tracking_uri(uri)
         known = saved.read_text() if saved.exists() else None
         started = mlflow.start_run(run_id=known, run_name=f"{recipe.method.name}-s{recipe.seed}")
@@ -114,8 +142,6 @@ def _mlflow(recipe: Recipe, uri: str, folder: Path) -> Iterator[_Tracker]:
             sections = recipe.model_dump(exclude_none=True, exclude={"seed"})
             keys = {f"{section}.{key}": value for section, table in sections.items() for key, value in table.items()}
             mlflow.log_params({"seed": recipe.seed, **keys})
-    except Exception as error:  # MLflow's own, SQLAlchemy's, the network's
-        raise RunError(f"track.mlflow = {uri!r}: {str(error).strip() or type(error).__name__}") from error
     status = "FAILED"
     try:
         yield _MLflow(mlflow)

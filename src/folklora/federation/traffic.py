@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from folklora.adapters.lowrank import Site, kind
 from folklora.federation.codec import encode
@@ -35,6 +37,53 @@ def per_round(method: Method, client: str, section: MessageSection | str) -> Tra
         sum(compression.bytes_up(message) for message in up if message is not None) // 2,
         sum(compression.bytes_down(message) for message in down if message is not None) // 2,
     )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will count, as in the rows of `compare`: mean bytes of a client, in a round and once, both ways."""
+
+    up: float
+    down: float
+    once: float
+
+
+def forecast(method: Method, counts: Mapping[str, Tensor], section: MessageSection) -> Forecast:
+    """A run's traffic if every client takes part in every round, stays, and keeps its rank.
+
+    Where fewer are sampled, a client's turn costs more: it catches up with what it missed before it trains.
+
+    Parameters
+    ----------
+    counts
+        Each client's training examples of each class, [classes].
+    """
+    compression = Compression(section, method)
+    rounds = method.rounds()
+    up = down = once = 0.0
+    known: dict[Any, tuple[int, int, int]] = {}
+    for client, count in counts.items():
+        # Messages of clients of one rank and of equal shapes weigh the same; sketches also depend on who holds what.
+        alike = (method.context.ranks[client], *(tuple(method.expected(r, {}, client).items()) for r in (1, 2)))
+        if alike not in known:
+            ups, downs = _two_rounds(method, client)
+            sizes_up = [compression.bytes_up(message) if message else 0 for message in ups]
+            sizes_down = [compression.bytes_down(message) if message else 0 for message in downs]
+            # Factors that alternate go up by turns; replies stay what they are once all factors are known.
+            known[alike] = (
+                sum(size * times for size, times in zip(sizes_up, (rounds - rounds // 2, rounds // 2), strict=False)),
+                sum(size * times for size, times in zip(sizes_down, (1, rounds - 1), strict=False)),
+                _weight(method.typical_welcome(client), section),
+            )
+        whole_up, whole_down, welcome = known[alike]
+        up, down = up + whole_up, down + whole_down
+        once += welcome + _weight(method.typical_sketch(client, count), section)
+    turns = max(1, rounds) * len(counts)
+    return Forecast(up / turns, down / turns, once / len(counts))
+
+
+def _weight(message: Message | None, section: MessageSection) -> int:
+    return len(encode(message, section.dtype)) if message else 0
 
 
 def _two_rounds(method: Method, client: str) -> tuple[list[Message | None], list[Message | None]]:

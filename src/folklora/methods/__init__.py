@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from folklora.errors import MethodError, RecipeError
 from folklora.methods.apfl import APFL
-from folklora.methods.base import Context, Method, Options
+from folklora.methods.base import Context, Method
 from folklora.methods.celora import CELoRA
 from folklora.methods.ditto import Ditto
 from folklora.methods.fedawa import FedAWA
@@ -31,6 +31,7 @@ from folklora.methods.hetlora import HetLoRA
 from folklora.methods.local import Local
 from folklora.methods.lorafair import LoRAFAIR
 from folklora.methods.loraxs import LoRAXS
+from folklora.methods.options import Options
 from folklora.methods.padding import Replication, ZeroPadding
 from folklora.methods.proximal import Proximal
 from folklora.methods.ravan import Ravan

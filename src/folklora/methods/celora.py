@@ -37,19 +37,11 @@ from folklora.data.release import release_statistics
 from folklora.data.statistics import ClassStatistics
 from folklora.errors import MethodError
 from folklora.methods.aggregation import weighted_mean
-from folklora.methods.base import (
-    Client,
-    Context,
-    Message,
-    Method,
-    Options,
-    State,
-    refuse_other_prefixes,
-    statistics_tensors,
-)
+from folklora.methods.base import Client, Context, Message, Method, State, refuse_other_prefixes, statistics_tensors
 from folklora.methods.cka import gram_rows
 from folklora.methods.embedding import LinearTransport, typical_distance
 from folklora.methods.mixing import Embedded, Mixing
+from folklora.methods.options import Options
 from folklora.methods.transport import data_distances, similarity
 from folklora.randomness import derive, torch_generator
 
@@ -184,6 +176,16 @@ class CELoRA(Method):
         if self.options.uses_data and self.options.components:
             tensors |= {f"mixture/{name}": t for name, t in self._mixtures(client).to_tensors().items()}
         return Message(tensors) if tensors else None
+
+    def typical_sketch(self, client: str, counts: Tensor) -> Message | None:
+        """Under differential privacy by the true counts: which classes the noise suppresses is not known before."""
+        message = super().typical_sketch(client, counts)
+        if not (self.options.uses_data and self.options.components):
+            return message
+        width = self.options.projection or self.context.width
+        blank = ClassMixtures.blank(counts, self.options.components, width).to_tensors()
+        own = message.tensors if message else {}
+        return Message({**own, **{f"mixture/{name}": tensor for name, tensor in blank.items()}})
 
     def statistics(self, client: Client) -> ClassStatistics:
         if self.options.dp_epsilon is None:

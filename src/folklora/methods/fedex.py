@@ -27,8 +27,9 @@ from pydantic import Field
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
-from folklora.methods.base import Client, Context, Message, Method, Options, State
+from folklora.methods.base import Client, Context, Message, Method, State
 from folklora.methods.fedit import FedITOptions
+from folklora.methods.options import Options
 from folklora.methods.residuals import Changes, ResidualLog
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from folklora.methods.base import Method, Options
+from folklora.methods.base import Method
+from folklora.methods.options import Options
 
 
 class FedITOptions(Options):

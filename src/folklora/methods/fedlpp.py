@@ -73,7 +73,12 @@ class FedLPP(Method):
         return {**super().initial(client), **self.coarse(self.start()).tensors}
 
     def welcome(self, state: State, client: str) -> Message | None:
-        message = super().welcome(state, client)
+        return self._coarse_head(super().welcome(state, client))
+
+    def typical_welcome(self, client: str) -> Message | None:
+        return self._coarse_head(super().typical_welcome(client))
+
+    def _coarse_head(self, message: Message | None) -> Message | None:
         return message if message is None or not self.options.head_travels else self.coarse(message.tensors)
 
     def server(self, round: int, state: State, messages: Mapping[str, Message]) -> State:

@@ -29,11 +29,12 @@ from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors, gaussian, orthonormal, select
 from folklora.data.statistics import refuse_unknown, take
 from folklora.errors import MessageError, MethodError
-from folklora.methods.base import Client, Message, Method, State, refuse_other_prefixes
+from folklora.methods.base import Client, Message, Method, State, blank, refuse_other_prefixes
 from folklora.methods.discriminant import linear_discriminant
 from folklora.methods.fedit import FedITOptions
 from folklora.methods.svd import principal
@@ -144,6 +145,17 @@ class FedSB(Method):
             state[f"start/B/{site.name}"] = u.float().contiguous()
             state[f"start/C/{site.name}"] = (core if self.options.core_start == "sigma" else 0 * core).float()
         return state
+
+    def typical_sketch(self, client: str, counts: Tensor) -> Message | None:
+        statistics = super().typical_sketch(client, counts)
+        gradients = {f"gradient/{site.name}": torch.zeros(site.d_out, site.d_in) for site in self.context.sites}
+        count = torch.zeros(1, dtype=torch.int32)
+        return Message({**(statistics.tensors if statistics else {}), **gradients, _COUNT: count})
+
+    def typical_welcome(self, client: str) -> Message | None:
+        head = super().typical_welcome(client)
+        frame = blank(self.adapter.shapes(self.context.ranks[client]))
+        return Message({**(head.tensors if head else {}), **frame})
 
     def settle(self, client: Client, message: Message) -> None:
         factors = select(message.tensors, frozenset(self.adapter.factors))

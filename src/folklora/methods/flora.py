@@ -27,8 +27,9 @@ import torch
 
 from folklora.adapters.lowrank import Tensors, kaiming, kind
 from folklora.methods.aggregation import weighted_mean
-from folklora.methods.base import Client, Context, Message, Method, Options, State
+from folklora.methods.base import Client, Context, Message, Method, State
 from folklora.methods.fedit import FedITOptions
+from folklora.methods.options import Options
 from folklora.methods.residuals import Changes, ResidualLog
 from folklora.methods.work import Work
 from folklora.randomness import torch_generator

@@ -27,8 +27,9 @@ from pydantic import Field
 
 from folklora.adapters.lowrank import Site
 from folklora.errors import MethodError
-from folklora.methods.base import Client, Context, Message, Options
+from folklora.methods.base import Client, Context, Message
 from folklora.methods.hafl import HAFL, HAFLOptions
+from folklora.methods.options import Options
 from folklora.quantization import BLOCK, MOST_IN_BLOCK, blocks_of, packed_bytes
 
 STEPS: tuple[tuple[int, str], ...] = ((2, "nf2"), (3, "nf3"), (4, "nf4"), (8, "int8"))

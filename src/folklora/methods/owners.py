@@ -26,8 +26,9 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Site, Tensors, kind
 from folklora.methods.aggregation import weighted_mean
-from folklora.methods.base import Message, Method, Options, State
+from folklora.methods.base import Message, Method, State
 from folklora.methods.fedit import FedITOptions
+from folklora.methods.options import Options
 
 Chosen = dict[str, Tensor]
 """Some of the pairs of each site: [m] int64, ascending."""

@@ -23,6 +23,8 @@ from folklora.report.tables import (
     percent,
 )
 
+RUN_PAGE = "`folklora report` on one of these folders writes the page of that run: who holds what, similarities, time."
+
 MOST_LINES = 500  # lines of a table; a federation may have a million clients
 
 
@@ -299,7 +301,7 @@ def _runs_sheet(comparison: Comparison) -> Sheet:
             ]
         )
     titles = ["run", "method", "seed", "rounds", "drop-outs", "accuracy %", "time"]
-    return Sheet("Runs", titles, lines, frozenset({0, 1}), folded=True)
+    return Sheet("Runs", titles, lines, frozenset({0, 1}), note=RUN_PAGE, folded=True)
 
 
 def _cut(title: str, count: int) -> str:

@@ -81,15 +81,23 @@ class _Summary(_Record):
     environment: dict[str, Any] = {}
 
 
-class _Indices(_Record):
-    train: list[int] = []
-    validation: list[int] = []
-    test: list[int] = []
+class _Split(_Record):
+    """A client's examples: their indices, or, where they are at home, how many they are."""
+
+    train: list[int] | int = []
+    validation: list[int] | int = []
+    test: list[int] | int = []
+
+    def sizes(self) -> Examples:
+        train, validation, test = (
+            part if isinstance(part, int) else len(part) for part in (self.train, self.validation, self.test)
+        )
+        return Examples(train=train, validation=validation, test=test)
 
 
 class _Partition(_Record):
     classes: tuple[str, ...] = ()
-    clients: dict[str, _Indices] = Field(min_length=1)
+    clients: dict[str, _Split] = Field(min_length=1)
     counts: dict[str, list[int]] | None = None
 
 
@@ -237,10 +245,7 @@ def read_run(path: str | Path) -> Run:
         recipe_text=text,
         recipe=recipe,
         classes=partition.classes,
-        examples={
-            client: Examples(train=len(split.train), validation=len(split.validation), test=len(split.test))
-            for client, split in partition.clients.items()
-        },
+        examples={client: split.sizes() for client, split in partition.clients.items()},
         counts=_counts(partition, path / "partition.json"),
         once=lines[0] if lines and lines[0].round == 0 else None,
         rounds=tuple(line for line in lines if line.round > 0),
@@ -320,7 +325,8 @@ def _rounds(path: Path) -> list[Round]:
     if not path.exists():
         return []  # the first round is still under way
     rounds: list[Round] = []
-    for number, text in enumerate(_text(path).split("\n"), start=1):
+    whole, _, _ = _text(path).rpartition("\n")  # what follows is of a round that was cut off while it was written
+    for number, text in enumerate(whole.split("\n"), start=1):
         if not text.strip():
             continue
         line = _parse(Round, path, text, f", line {number}")

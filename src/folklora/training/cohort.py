@@ -124,9 +124,16 @@ class Rows:
 
 
 class CohortTrainer:
-    """Trains the adapters of many clients through one backbone; see the module's text."""
+    """Trains the adapters of many clients through one backbone; see the module's text.
+
+    Raises
+    ------
+    BackboneError
+        When it is made: ``train.packed`` asks for a layout that the backbone cannot have.
+    """
 
     def __init__(self, task: Classification, adapter: LowRank, train: TrainSection, seed: int) -> None:
+        task.backbone.refuse_packing(train.packed)
         self.task = task
         self.backbone = task.backbone
         self.adapter = adapter

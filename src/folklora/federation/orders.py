@@ -1,0 +1,184 @@
+"""What a server asks of a member over a network, and what comes back: flat records that any carrier can take along.
+
+An `Order` names the version of the member's private state that the server means (``base``) and carries what is to be
+applied to it before the work: whether the upload made in that version was taken, the welcome, a reply. Both are named
+by their SHA-256; their bytes are there only where the server does not know that the member has them already. An
+`Answer` repeats whom and what it answers. Both are checked for type, size and range wherever they arrive: what came
+over a network is nothing but numbers and text until `Order.of` or `Answer.of` has taken it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from folklora.errors import MessageError
+from folklora.federation.codec import LIMIT
+from folklora.recipe import describe_validation_error
+
+Record = dict[str, Any]
+"""Names with a whole number, a float, a truth value, text, bytes, or a list of whole numbers or of texts each."""
+
+MEMBER = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What a member may be called: it becomes a folder's name on either side."""
+QUESTIONS = ("train", "validation", "test", "train+reply", "validation+reply", "test+reply")
+"""A split, answered by the model as it is, or as it would be after the reply."""
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Number = Annotated[int, Field(ge=0, lt=2**62)]
+Round = Annotated[int, Field(ge=0, lt=2**31)]
+Version = Annotated[int, Field(ge=-1, lt=2**31)]
+MemberName = Annotated[str, Field(pattern=MEMBER)]
+ClassName = Annotated[str, Field(min_length=1, max_length=1000)]
+Payload = Annotated[bytes, Field(max_length=LIMIT)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class _Flat(BaseModel):
+    """Strict types, no unknown names, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """What a record says.
+
+        Raises
+        ------
+        MessageError
+            Naming the first thing in it that cannot be.
+        """
+        try:
+            return cls.model_validate(dict(record))
+        except ValidationError as error:
+            # Whoever wrote the record also wrote the names in it.
+            raise MessageError(f"{cls.__name__.lower()}: {describe_validation_error(error, cls)[:300]}") from None
+
+    def record(self) -> Record:
+        return self.model_dump(exclude_none=True)
+
+
+class Order(_Flat):
+    """One piece of work for one member.
+
+    Attributes
+    ----------
+    kind
+        *hello*: what the run is; *sketch*; *train*; *score*; *goodbye*: the run is over.
+    run, number, round, client
+        The run's id, the order's number (no two orders share one), the round it is given in, the member's name.
+    base
+        The version of the member's state to start from: the round it was made in, 0 after the sketch, -1 none.
+    accepted
+        Whether the server took the upload made in that version.
+    keep, hold
+        Versions, and digests of welcomes and replies, that the server may come back to.
+    welcome, welcome_data, reply, reply_data
+        SHA-256 of what the member is to take in, and the bytes if it is not known to have them.
+    questions
+        Of a score order: of `QUESTIONS`.
+    recipe, clients, classes, backbone
+        Of a hello: the recipe as TOML, all members in their order, the labels, SHA-256 of the backbone.
+    """
+
+    kind: Literal["hello", "sketch", "train", "score", "goodbye"]
+    run: RunId
+    number: Number
+    round: Round
+    client: MemberName
+    base: Version = -1
+    accepted: bool = False
+    keep: list[Version] = Field(default=[], max_length=16)
+    hold: list[Digest] = Field(default=[], max_length=32)
+    welcome: Digest | None = None
+    welcome_data: Payload | None = None
+    reply: Digest | None = None
+    reply_data: Payload | None = None
+    questions: list[Literal[QUESTIONS]] = Field(default=[], max_length=8)  # type: ignore[valid-type]
+    recipe: str | None = Field(None, max_length=1 << 20)
+    clients: list[MemberName] | None = Field(None, max_length=100_000)
+    classes: list[ClassName] | None = Field(None, min_length=2, max_length=100_000)
+    backbone: Digest | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Order:
+        told = (self.recipe, self.clients, self.classes, self.backbone)
+        if any((field is not None) != (self.kind == "hello") for field in told):
+            raise ValueError(f"kind = {self.kind!r} and recipe, clients, classes, backbone; allowed: all in a hello")
+        if bool(self.questions) != (self.kind == "score"):
+            raise ValueError(f"kind = {self.kind!r} with {len(self.questions)} questions; allowed: in a score order")
+        if (self.kind == "train") != (self.round > 0) and self.kind in ("train", "hello", "sketch"):
+            raise ValueError(
+                f"kind = {self.kind!r} in round {self.round}; allowed: train from round 1, the others in 0"
+            )
+        if self.kind == "train" and self.base >= self.round:
+            raise ValueError(f"base = {self.base} in round {self.round}; allowed: an earlier version")
+        for name in ("welcome", "reply"):
+            digest, data = getattr(self, name), getattr(self, f"{name}_data")
+            if data is not None and (digest is None or hashlib.sha256(data).hexdigest() != digest):
+                raise ValueError(f"{name}_data is not what {name} names; allowed: bytes of that SHA-256")
+        return self
+
+
+class Answer(_Flat):
+    """What a member makes of an order.
+
+    Attributes
+    ----------
+    run, number, round, client
+        As in the order.
+    status
+        *done*; *failed*: the work came to nothing; *resend*: bytes that the order only names are not here; *lost*: the
+        version that the order starts from, or the run itself, is not here; *refused*: the order cannot be.
+    failure
+        Why, in one line, where it is not done.
+    data, loss
+        Of a sketch, a training: what travels (nothing, if None), and the training loss.
+    correct, counted
+        Of a score order: right answers and examples, one a question.
+    examples, backbone
+        Of a hello: examples in train, validation and test; SHA-256 of the backbone.
+    """
+
+    run: RunId
+    number: Number
+    round: Round
+    client: MemberName
+    status: Literal["done", "failed", "resend", "lost", "refused"]
+    failure: str = Field("", max_length=1000)
+    data: Payload | None = None
+    loss: float | None = None
+    correct: list[Count] = Field(default=[], max_length=8)
+    counted: list[Count] = Field(default=[], max_length=8)
+    examples: list[Count] | None = Field(None, min_length=3, max_length=3)
+    backbone: Digest | None = None
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Answer:
+        if len(self.correct) != len(self.counted):
+            raise ValueError(f"{len(self.correct)} scores of {len(self.counted)} splits; allowed: one each")
+        for correct, counted in zip(self.correct, self.counted, strict=True):
+            if correct > counted:
+                raise ValueError(f"{correct} right answers of {counted}; allowed: at most as many")
+        if self.status != "done" and not self.failure:
+            raise ValueError(f"status = {self.status!r} without a reason; allowed: one line in `failure`")
+        return self
+
+    @classmethod
+    def to(cls, order: Order, status: str = "done", failure: str = "", **found: Any) -> Answer:
+        """The answer to an order; a reason longer than a line is cut."""
+        return cls.model_validate(
+            {
+                "run": order.run,
+                "number": order.number,
+                "round": order.round,
+                "client": order.client,
+                "status": status,
+                "failure": failure[:1000],
+                **found,
+            }
+        )

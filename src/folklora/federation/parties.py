@@ -1,0 +1,163 @@
+"""The setups of a federation's two parties: a server that has no rows, and a member that has its own.
+
+A server knows the labels (``data.classes``, or those of a ``data.source`` that it can read) and the common test set. A
+member knows its rows: a file of its own, or, in a rehearsal, its client's share of a source that it agreed to. What the
+server's recipe names is never opened because the server says so: not a file, not a backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+from folklora.data.partition import Split, split
+from folklora.data.sources import EMBEDDED, Table, load, load_test
+from folklora.errors import BackboneError, DataError, RecipeError
+from folklora.federation.setup import (
+    FederatedData,
+    Setup,
+    client_ranks,
+    context,
+    federated_data,
+    task_of,
+    validate,
+)
+from folklora.methods import build
+from folklora.recipe import Recipe
+from folklora.training.prediction import features
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a member brings: all its rows, and the backbone it agreed to.
+
+    Attributes
+    ----------
+    data
+        A file as ``data.source`` may be one, all rows of which are the member's; None: a rehearsal.
+    text, label
+        The file's columns; default: as the recipe has them.
+    rehearse
+        Of a rehearsal: the source that the member agreed to read, beside those in the package.
+    model
+        A backbone's folder; default: the embedded one.
+    """
+
+    data: str | None = None
+    text: str | None = None
+    label: str | None = None
+    rehearse: str | None = None
+    model: str | None = None
+
+
+def server_setup(recipe: Recipe, clients: Sequence[str]) -> Setup:
+    """What the server of a network run needs.
+
+    Raises
+    ------
+    FolkLoraError
+        For anything in the recipe that cannot be; the cheap refusals come first.
+    """
+    validate(recipe)
+    ranks = client_ranks(recipe, list(clients))
+    if recipe.data.classes is None:
+        table, test = load(recipe.data.model_copy(update={"by": None}), recipe.seed)
+        classes = table.classes
+    else:
+        classes, test = recipe.data.classes, load_test(recipe.data, recipe.seed)
+    return _setup(recipe, ranks, _no_rows(classes), dict.fromkeys(clients, _NOTHING), test)
+
+
+def member_setup(recipe: Recipe, client: str, clients: Sequence[str], classes: Sequence[str], own: Own) -> Setup:
+    """What a member of a network run needs; ``recipe``, ``clients`` and ``classes`` are the server's words.
+
+    Raises
+    ------
+    FolkLoraError
+        If they cannot be, or the member's rows or backbone do not fit them.
+    """
+    validate(recipe)
+    if client not in clients:
+        raise RecipeError(f"the run has no member {client!r}; allowed: {', '.join(list(clients)[:12])}")
+    ranks = client_ranks(recipe, list(clients))
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": _backbone(recipe, own)})})
+    table = _own_rows(recipe, classes, own) if own.data is not None else _share(recipe, client, classes, own)
+    section = recipe.data
+    if len(table) < section.min_examples:
+        raise DataError(f"{own.data}: {len(table)} rows; allowed: data.min_examples = {section.min_examples} or more")
+    rows = np.arange(len(table))
+    parts = split(table.labels, rows, section.validation, section.test_fraction, recipe.seed, client)
+    return _setup(recipe, ranks, table, {client: parts}, None)
+
+
+def rowless_setup(recipe: Recipe, clients: Sequence[str], classes: Sequence[str], model: str) -> Setup:
+    """What a trained model needs to be used, with a backbone that the one who uses it names."""
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model})})
+    ranks = client_ranks(recipe, list(clients))
+    return _setup(recipe, ranks, _no_rows(classes), dict.fromkeys(clients, _NOTHING), None)
+
+
+_NOTHING = Split(*(np.empty(0, dtype=np.int64) for _ in range(3)))
+
+
+def _no_rows(classes: Sequence[str]) -> Table:
+    return Table([], np.empty(0, dtype=np.int64), tuple(classes), None)
+
+
+def _setup(
+    recipe: Recipe, ranks: Mapping[str, int], table: Table, splits: Mapping[str, Split], test: Table | None
+) -> Setup:
+    task = task_of(recipe.model, recipe.adapter, table.classes)
+    method = build(recipe.method.name, recipe.method.options, context(recipe, task, ranks))
+    encoded, test_encoded = task.encode(table.inputs), task.encode(test.inputs) if test else []
+    frozen = cache(lambda: torch.from_numpy(features(task, encoded)))
+    return Setup(recipe, FederatedData(table, splits, test), task, method, encoded, test_encoded, frozen)
+
+
+def _backbone(recipe: Recipe, own: Own) -> str:
+    """The backbone that the member agreed to."""
+    if own.model is None and recipe.model.name != "minilm":
+        raise BackboneError(
+            "this run computes with another backbone than the embedded one; allowed: --model FOLDER, where it is here"
+        )
+    return own.model or "minilm"
+
+
+def _own_rows(recipe: Recipe, classes: Sequence[str], own: Own) -> Table:
+    section = recipe.data.model_copy(
+        update={
+            "source": own.data,
+            "text": own.text or recipe.data.text,
+            "label": own.label or recipe.data.label,
+            "classes": tuple(classes),
+            "by": None,
+            "limit": None,  # of a whole that nobody has
+            "test": None,
+        }
+    )
+    return load(section, recipe.seed)[0]
+
+
+def _share(recipe: Recipe, client: str, classes: Sequence[str], own: Own) -> Table:
+    """The rows of one client of the recipe's own partition, in their order."""
+    source = recipe.data.source
+    if source not in EMBEDDED and source != own.rehearse:
+        raise DataError(
+            "this run has no data in the package to rehearse with; allowed: --data FILE with this member's own rows, "
+            "or --rehearse SOURCE, the recipe's data.source"
+        )
+    data = federated_data(recipe.data.model_copy(update={"test": None}), recipe.seed)
+    if client not in data.splits:
+        raise DataError(
+            f"the partition of {source} has no client {client!r}; allowed: members named as its clients are: "
+            f"{', '.join(list(data.splits)[:12])}"
+        )
+    if data.table.classes != tuple(classes):
+        raise DataError(f"the labels of {source} are not those of the run; allowed: the server's data")
+    mine = data.splits[client]
+    rows = np.sort(np.concatenate([mine.train, mine.validation, mine.test]))
+    return Table([data.table.inputs[i] for i in rows], data.table.labels[rows], data.table.classes, None)

@@ -1,0 +1,93 @@
+"""What a finished run says of itself: the compare row, each client's result, and who did not answer any more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from folklora.federation.ledger import Ledger
+from folklora.federation.scores import Score, summarise
+from folklora.recipe import Recipe
+
+Scores = Mapping[str, Score]
+
+
+@dataclass(frozen=True)
+class Final:
+    """The last scores, by client: on the test and the validation split, before and after the server's last reply.
+
+    All four are of the same clients, those that answered. ``common`` is the global model's, if there is one.
+    """
+
+    tuned: Scores
+    tuned_validation: Scores
+    received: Scores
+    received_validation: Scores
+    common: Score | None
+
+    @property
+    def chosen(self) -> Scores:
+        """Test scores where each client keeps the one of its two models that does better on its validation split."""
+        return {
+            client: received
+            if self.received_validation[client].accuracy >= self.tuned_validation[client].accuracy
+            else self.tuned[client]
+            for client, received in self.received.items()
+        }
+
+
+def summary(
+    recipe: Recipe,
+    clients: Sequence[str],
+    committed: int,
+    lines: Sequence[Mapping[str, Any]],
+    final: Final,
+    ledger: Ledger,
+) -> dict[str, Any]:
+    """What `Final` is of, in the form of ``summary.json``.
+
+    Parameters
+    ----------
+    committed
+        The round whose models were scored: the last one, or the best.
+    lines
+        Those of ``metrics.jsonl``.
+    ledger
+        What the end itself cost.
+    """
+    chosen = final.chosen
+    once, rounds = lines[0], lines[1:]
+    turns = max(1, sum(len(m["participants"]) + len(m["failed"]) for m in rounds))
+    errors = [m["aggregation_error"] for m in rounds if m["aggregation_error"] is not None]
+    seconds = [s for m in lines for s in m["seconds"].values()]
+    test = summarise(final.received)
+    row = {
+        "method": recipe.method.name,
+        "seed": recipe.seed,
+        "accuracy_mean": test["mean"],
+        "accuracy_std_clients": test["std"],
+        "accuracy_worst_tenth": test["worst_tenth"],
+        "accuracy_weighted": test["weighted"],
+        "accuracy_tuned_mean": summarise(final.tuned)["mean"],
+        "accuracy_chosen_mean": summarise(chosen)["mean"],
+        "accuracy_global": final.common.accuracy if final.common else None,
+        "validation_mean": summarise(final.received_validation)["mean"],
+        "bytes_up_per_client_round": sum(m["bytes_up"] for m in rounds) / turns,
+        "bytes_down_per_client_round": (sum(m["bytes_down"] for m in rounds) + ledger.down.total()) / turns,
+        "bytes_once_per_client": (once["bytes_up"] + once["bytes_down"]) / len(clients),
+        "rounds": committed,
+        "seconds_train": sum(m["seconds"].get("train", 0.0) for m in rounds),
+        "seconds_total": sum(seconds) + sum(ledger.seconds.values()),
+        "aggregation_error": sum(errors) / len(errors) if errors else None,
+    }
+    results = {
+        client: {
+            "accuracy": score.accuracy,
+            "accuracy_tuned": final.tuned[client].accuracy,
+            "accuracy_chosen": chosen[client].accuracy,
+        }
+        for client, score in final.received.items()
+    }
+    missing = [client for client in clients if client not in results]
+    return {"row": row, "clients": results, **({"missing": missing} if missing else {})}

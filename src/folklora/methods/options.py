@@ -1,0 +1,77 @@
+"""Options that every method has: where the head lives and starts, and what is added to training and averaging."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FEDOPT: dict[str, dict[str, float]] = {
+    "momentum": {"lr": 1.0, "beta1": 0.9},
+    "adagrad": {"lr": 0.01, "beta1": 0.0, "tau": 1e-3},
+    "adam": {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
+    "yogi": {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
+}
+"""What each of `Options.fedopt` reads, and its default: betas and tau as in arXiv 2003.00295; the paper tunes the
+learning rate for every task, between 1e-3 and 1."""
+
+
+class Options(BaseModel):
+    """Options every method has; a method's own stand in a subclass.
+
+    ``head``: *private* stays home, *shared* travels and is averaged, *sketched* is private and starts from the linear
+    discriminant that the server builds from all clients' class statistics. ``head_start`` says the start alone, so
+    that a shared head may start sketched too, and *auto* lets each client choose on its validation split.
+
+    ``proximal``, ``scaffold`` and ``fedopt`` add something to the methods that say so in `Method.combines`; see
+    `folklora.methods.proximal`, `folklora.methods.scaffold` and `folklora.methods.server_optimizer`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+    head: Literal["private", "shared", "sketched"] = Field(
+        "private", description="stays home, travels, or starts sketched"
+    )
+    head_start: Literal["zero", "sketched", "auto"] | None = Field(None, description="default: as `head` says")
+    proximal: float = Field(0.0, ge=0, description="FedProx's mu: the pull to where a client started the round")
+    scaffold: bool = Field(False, description="control variates against the drift of local steps")
+    fedopt: Literal["none", "momentum", "adagrad", "adam", "yogi"] = Field("none", description="server optimiser")
+    fedopt_lr: float | None = Field(None, gt=0, le=1e6)
+    fedopt_beta1: float | None = Field(None, ge=0, lt=1)
+    fedopt_beta2: float | None = Field(None, ge=0, lt=1)
+    fedopt_tau: float | None = Field(None, gt=0, le=1e6)
+
+    @property
+    def start(self) -> Literal["zero", "sketched", "auto"]:
+        return self.head_start or ("sketched" if self.head == "sketched" else "zero")
+
+    @property
+    def head_travels(self) -> bool:
+        return self.head == "shared"
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> Options:
+        if self.head == "shared" and self.head_start == "auto":
+            raise ValueError(
+                'head_start = "auto" needs a head that stays home; allowed: head = "private" or "sketched"'
+            )
+        if self.head == "sketched" and self.head_start == "zero":
+            raise ValueError('head = "sketched" with head_start = "zero" is head = "private"')
+        return self
+
+    @property
+    def fedopt_settings(self) -> dict[str, float]:
+        """``lr``, ``beta1`` and so on of the server optimiser: as given, or its default."""
+        defaults = FEDOPT[self.fedopt]
+        given = {name: getattr(self, f"fedopt_{name}") for name in defaults}
+        return {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+
+    @model_validator(mode="after")
+    def _fedopt_reads_its_settings(self) -> Options:
+        for name in ("lr", "beta1", "beta2", "tau"):
+            readers = [rule for rule, defaults in FEDOPT.items() if name in defaults]
+            value = getattr(self, f"fedopt_{name}")
+            if value is not None and self.fedopt not in readers:
+                raise ValueError(
+                    f'fedopt_{name} = {value:g} with fedopt = "{self.fedopt}"; allowed: fedopt = {", ".join(readers)}'
+                )
+        return self

@@ -1,0 +1,125 @@
+"""Orders and answers as flat records: what one end writes the other reads, and nothing else is taken."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from folklora.errors import MessageError
+from folklora.federation.orders import QUESTIONS, Answer, Order
+
+COMMON: dict[str, Any] = {"run": "0a" * 16, "number": 7, "round": 2, "client": "north-1"}
+REPLY = b"what the server says"
+DIGEST = hashlib.sha256(REPLY).hexdigest()
+ORDERS: list[dict[str, Any]] = [
+    {
+        "kind": "hello", "round": 0, "recipe": "seed = 0", "clients": ["north-1"], "classes": ["a", "b"],
+        "backbone": DIGEST,
+    },
+    {"kind": "sketch", "round": 0},
+    {"kind": "train", "base": 1, "accepted": True, "keep": [0, 1], "hold": [DIGEST], "reply": DIGEST},
+    {"kind": "train", "base": -1, "welcome": DIGEST, "welcome_data": REPLY, "reply": DIGEST, "reply_data": REPLY},
+    {"kind": "score", "base": 2, "questions": ["test", "validation+reply"], "reply": DIGEST},
+    {"kind": "goodbye"},
+]  # fmt: skip
+ANSWERS: list[dict[str, Any]] = [
+    {"status": "done", "loss": 0.25, "data": REPLY},
+    {"status": "done", "correct": [3, 0], "counted": [4, 9]},
+    {"status": "done", "examples": [10, 2, 4], "backbone": DIGEST},
+    {"status": "lost", "failure": "gone"},
+]
+
+
+@pytest.mark.parametrize("fields", ORDERS, ids=lambda fields: fields["kind"])
+def test_an_order_crosses_as_it_is(fields: dict[str, Any]) -> None:
+    order = Order.of({**COMMON, **fields})
+    assert Order.of(order.record()) == order
+    assert {**COMMON, **fields}.items() <= order.record().items()
+    assert None not in order.record().values()
+
+
+@pytest.mark.parametrize("fields", ANSWERS)
+def test_an_answer_crosses_as_it_is(fields: dict[str, Any]) -> None:
+    answer = Answer.of({**COMMON, **fields})
+    assert Answer.of(answer.record()) == answer
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"client": "../up"}, "client"),
+        ({"client": "a" * 65}, "client"),
+        ({"client": "a\n"}, "client"),
+        ({"run": "0A" * 16}, "run"),
+        ({"round": 0}, "round"),
+        ({"round": True}, "round"),
+        ({"round": 2**31}, "round"),
+        ({"number": -1}, "number"),
+        ({"base": 2}, "base"),
+        ({"base": -2}, "base"),
+        ({"keep": [0] * 17}, "keep"),
+        ({"hold": ["../secret"]}, "hold"),
+        ({"reply": "parts"}, "reply"),
+        ({"reply_data": b"other"}, "reply_data"),
+        ({"reply": None, "reply_data": REPLY}, "reply_data"),
+        ({"kind": "exec"}, "kind"),
+        ({"kind": "score"}, "questions"),
+        ({"questions": ["test"]}, "questions"),
+        ({"recipe": "seed = 0"}, "recipe"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_an_order_that_cannot_be_is_refused_by_name(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(MessageError, match=named):
+        Order.of({**COMMON, **ORDERS[2], **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"correct": [5], "counted": [4]}, "5 right answers of 4"),
+        ({"correct": [1], "counted": []}, "scores"),
+        ({"correct": [-1], "counted": [4]}, "correct"),
+        ({"counted": [2**60], "correct": [1]}, "counted"),
+        ({"loss": float("inf")}, "loss"),
+        ({"loss": "1"}, "loss"),
+        ({"status": "lost"}, "without a reason"),
+        ({"failure": "x" * 1001}, "failure"),
+        ({"examples": [1, 2]}, "examples"),
+        ({"backbone": "abc"}, "backbone"),
+    ],
+)
+def test_an_answer_that_cannot_be_is_refused_by_name(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(MessageError, match=named):
+        Answer.of({**COMMON, "status": "done", **change})
+
+
+anything = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=20),
+    st.lists(st.integers(), max_size=4), st.lists(st.text(max_size=5), max_size=4), st.sampled_from(QUESTIONS),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)  # fmt: skip
+
+
+@given(
+    st.sampled_from([Order, Answer]),
+    st.sampled_from([*ORDERS, *ANSWERS]),
+    st.dictionaries(
+        st.one_of(st.sampled_from([*Order.model_fields, *Answer.model_fields]), st.text(max_size=8)), anything
+    ),
+)
+def test_whatever_comes_is_read_or_refused_in_one_short_line(
+    kind: type[Order | Answer], fields: dict[str, Any], change: dict[str, Any]
+) -> None:
+    said = ""
+    try:
+        read = kind.of({**COMMON, **fields, **change})
+        assert kind.of(read.record()) == read
+    except MessageError as error:
+        said = str(error)
+    assert len(said) < 1000
+    assert said.isprintable()

@@ -137,6 +137,50 @@ def engines() -> str:
     )
 
 
+def federation() -> str:
+    """Bytes and seconds of runs over Flower, by method."""
+    lines = []
+    for row in load("federation")["rows"]:
+        counted, wire, seconds = row["counted"], row["wire"], row["seconds_a_round"]
+        lines.append(
+            [
+                row["method"],
+                *(human_bytes(counted[way]) for way in ("up", "down")),
+                *(human_bytes(wire[way]["median"]) for way in ("up", "down")),
+                *(f"{seconds[engine]['median']:.1f} s" for engine in ("flower", "local")),
+                *(f"{100 * row['accuracy'][engine]:.2f}" for engine in ("flower", "local")),
+            ]
+        )
+    header = ["method", "counted up", "down", "on the wire up", "down", "a round", "locally", "accuracy", "locally"]
+    return markdown(header, lines)
+
+
+def federation_memory() -> str:
+    """The highest resident set of each kind of process, over all methods."""
+    highest: dict[str, int] = {}
+    for row in load("federation")["rows"]:
+        for role, size in row["memory"].items():
+            highest[role] = max(highest.get(role, 0), size)
+    return markdown(["process", "memory"], [[role, human_bytes(size)] for role, size in highest.items()])
+
+
+def network() -> str:
+    """The same run over a good link and a bad one."""
+    lines = [
+        [
+            f"{run['delay_ms']:.0f} ms",
+            f"{100 * run['loss']:g} %",
+            f"{run['packets']:,}",
+            str(run["packets_lost"]),
+            ", ".join(f"{seconds:.1f} s" for seconds in run["seconds_a_round"]),
+            str(sum(len(failed) for failed in run["failed"])),
+            f"{100 * run['accuracy']:.2f}",
+        ]
+        for run in load("network")["runs"]
+    ]
+    return markdown(["delay", "loss", "packets", "lost", "rounds", "members that failed a round", "accuracy"], lines)
+
+
 def _seconds(seconds: float) -> str:
     return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
@@ -145,6 +189,9 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     **accuracy_tables.TABLES,
     "cohort": ("cohort", cohort),
     "engines": ("engines", engines),
+    "federation": ("federation", federation),
+    "federation-memory": ("federation", federation_memory),
+    "network": ("network", network),
     "memory": ("memory", memory),
     "server": ("server", server),
     "server-similarity": ("server", server_similarity),

@@ -282,10 +282,10 @@ def export(
 ) -> None:
     """Write one client's adapter as a stock PEFT LoRA folder, with its head."""
     from folklora.federation.run import export as library_export
-    from folklora.federation.rundir import RunDirectory
+    from folklora.federation.run import recipe_of
 
     out.print(f"adapter: {library_export(path, client, to, tuned=tuned)}", soft_wrap=True)
-    if bits := RunDirectory.open(path).recipe.model.bits:
+    if bits := recipe_of(path).model.bits:
         err.print(
             f"note: it was trained on a backbone of {bits} bits (model.bits); on the full-precision backbone that "
             "stock PEFT loads beside it, its answers differ a little",

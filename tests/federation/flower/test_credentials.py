@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import os
 import shutil
 import ssl
@@ -157,6 +158,8 @@ def test_what_was_made_reads_back(folder: Path) -> None:
         ({"host": "example.org:9443"}, "host: 'example.org:9443'"),
         ({"host": "0.0.0.0"}, "host: '0.0.0.0'"),
         ({"host": "::"}, "host: '::'"),
+        ({"host": "fe80::1%eth0"}, "host: 'fe80::1%eth0'"),
+        ({"host": "1.2.3.0x4"}, "host: '1.2.3.0x4'"),
         ({"host": "300.1.1.1"}, "host: '300.1.1.1'"),
         ({"host": "a_b.org"}, "host: 'a_b.org'"),
         ({"host": ""}, "host: ''"),
@@ -252,6 +255,13 @@ def test_a_member_may_make_its_own_key(folder: Path, tmp_path: Path, curve: ec.E
     assert Membership.read(home).name == "west"
 
 
+def compressed(line: bytes) -> bytes:
+    """A public line whose point is spelt in a way that OpenSSH does not know."""
+    kind, data = line.split()
+    blob = base64.b64decode(data).replace(b"\x00\x00\x00\x61\x04", b"\x00\x00\x00\x61\x02")
+    return kind + b" " + base64.b64encode(blob)
+
+
 def test_keys_that_flower_would_refuse_are_refused_and_nothing_added(folder: Path, tmp_path: Path) -> None:
     private, _ = certificates.member_keys()
     wrong = {
@@ -260,6 +270,7 @@ def test_keys_that_flower_would_refuse_are_refused_and_nothing_added(folder: Pat
         "private": (private, "that is a private key, which stays with its member"),
         "nonsense": (b"ecdsa-sha2-nistp384 AAAA", "ssh-keygen -t ecdsa -b 384"),
         "empty": (b"", "ssh-keygen -t ecdsa -b 384"),
+        "compressed": (compressed(certificates.member_keys()[1]), "ssh-keygen -t ecdsa -b 384"),
         "large": (b"a" * (2**20 + 1), "larger than 1048576 bytes"),
         "another's": ((folder / "members/north/key.pub").read_bytes(), "is the key of member 'north'"),
     }
@@ -362,6 +373,16 @@ def test_a_key_that_is_not_the_one_in_key_pub_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen")
+def test_a_damaged_key_is_one_line(folder: Path) -> None:
+    key = folder / "members/north/key"
+    begin, *lines, end = key.read_bytes().split(b"\n")[:-1]
+    blob = base64.b64decode(b"".join(lines)).replace(b"\x00\x00\x00\x61\x04", b"\x00\x00\x00\x61\x02")
+    for damaged in (base64.b64encode(blob), base64.b64encode(blob[: len(blob) // 2]), b"", b"\xff\x00"):
+        key.write_bytes(b"\n".join([begin, damaged, end, b""]))
+        with pytest.raises(FederationError, match="members/north/key: not a private key; allowed: what `ssh-keygen"):
+            Membership.read(folder, "north")
+
+
 def test_a_key_with_a_passphrase_is_refused(folder: Path) -> None:
     key = folder / "members/north/key"
     subprocess.run(["ssh-keygen", "-q", "-p", "-N", "secret", "-f", key], check=True, timeout=60, capture_output=True)

@@ -6,6 +6,7 @@ import http.server
 import json
 import logging
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -16,7 +17,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from flwr.proto import control_pb2
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
@@ -34,8 +36,9 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from folklora.errors import FederationError
 from folklora.federation.flower import exchange
+from folklora.federation.flower import gate as gate_module
 from folklora.federation.flower.credentials import add, init
-from folklora.federation.flower.gate import Gate, Limits, Traffic
+from folklora.federation.flower.gate import Gate, Limits, Traffic, origin
 from folklora.federation.flower.membership import Federation
 
 PULL, PUSH = "/v1/fleet/pull-messages", "/v1/fleet/push-object"
@@ -59,9 +62,13 @@ def private_key(federation: Federation, member: str) -> ec.EllipticCurvePrivateK
     return key
 
 
-def signed(federation: Federation, member: str = "north") -> dict[str, str]:
-    """The headers of a SuperNode, made with Flower's own functions."""
-    key, timestamp = private_key(federation, member), datetime.now(UTC).isoformat()
+def signed(federation: Federation, member: str = "north", fast: float = 0.0) -> dict[str, str]:
+    """The headers of a SuperNode whose clock is ``fast`` seconds fast, made with Flower's own functions."""
+    return signed_at(federation, member, (datetime.now(UTC) + timedelta(seconds=fast)).isoformat())
+
+
+def signed_at(federation: Federation, member: str, timestamp: str) -> dict[str, str]:
+    key = private_key(federation, member)
     return {
         "flwr-public-key": b64encode(public_key_to_bytes(key.public_key())).decode(),
         "flwr-timestamp": timestamp,
@@ -341,6 +348,37 @@ def test_what_no_member_signed_does_not_pass(
     assert "this key belongs to no member of the federation (412)" in caplog.text
 
 
+def test_a_signature_of_another_time_does_not_pass(federation: Federation, caplog: pytest.LogCaptureFixture) -> None:
+    assert (exchange.AHEAD, exchange.BEHIND) == (SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
+    with standing(federation) as (gate, upstream), client(federation, gate) as http:
+        for fast in (-exchange.BEHIND + 60, 0.0, exchange.AHEAD - 2):
+            assert http.post(PULL, headers=signed(federation, fast=fast)).status_code == 200
+        for fast, said in ((-exchange.BEHIND - 85, "39. s behind"), (exchange.AHEAD + 90, "[89]. s ahead of")):
+            assert http.post(PULL, headers=signed(federation, fast=fast)).status_code == 401
+            # Its SuperNode prints this and ends.
+            answer = http.post(exchange.ACTIVATE, headers=signed(federation, fast=fast))
+            assert answer.status_code == 412
+            assert re.match(f"the clock of 'north' is {said} the server's; allowed: ", answer.json()["detail"])
+        for timestamp in ("", "yesterday", "2026-11-20T12:00:00", "0001-01-01T00:00:00+23:59", "9" * 5000):
+            assert http.post(PULL, headers=signed_at(federation, "north", timestamp)).status_code == 401
+        assert len(upstream.seen) == 3
+    assert "the clock of 'north'" in caplog.text
+
+
+def test_what_is_signed_twice_does_not_pass(federation: Federation) -> None:
+    # Of two, the gate might go by one and the SuperLink by the other.
+    headers, south = signed(federation), signed(federation, "south")
+    with standing(federation) as (gate, upstream), client(federation, gate) as http:
+        for name in ("flwr-public-key", "flwr-timestamp", "flwr-signature"):
+            for pair in (
+                [*headers.items(), (name, south[name])],
+                [(name.title(), south[name]), *headers.items()],
+                [*headers.items(), (name, headers[name])],
+            ):
+                assert http.post(PULL, headers=pair).status_code == 401
+        assert upstream.seen == []
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_too_large_reaches_nobody_and_the_other_members_go_on(
     federation: Federation, chunked: bool, caplog: pytest.LogCaptureFixture
@@ -518,6 +556,30 @@ def test_there_are_no_more_connections_than_allowed_and_the_others_wait(federati
     assert let_in.is_set()
 
 
+def test_one_address_does_not_take_all_places(federation: Federation, caplog: pytest.LogCaptureFixture) -> None:
+    with standing(federation, limits=Limits(from_one=2)) as (gate, _):
+        with connection(federation, gate), connection(federation, gate):
+            with socket.create_connection(("127.0.0.1", gate.port), 60) as third:
+                assert everything(third) == b""  # at once: before TLS
+            with pytest.raises(OSError):
+                connection(federation, gate)
+        ends = time.monotonic() + 60
+        while True:  # the gate sees in its own time that they left
+            try:
+                with client(federation, gate) as http:
+                    assert http.post(PULL, headers=signed(federation)).status_code == 200
+                break
+            except httpx.TransportError:
+                assert time.monotonic() < ends
+    assert "127.0.0.1: turned away: it has 2 connections" in caplog.text
+
+
+def test_places_are_counted_by_network_where_one_has_many_addresses() -> None:
+    assert origin("192.0.2.1") != origin("192.0.2.2")
+    assert origin("2001:db8::1") == origin("2001:db8::ffff:1") != origin("2001:db8:0:1::1")
+    assert origin("fe80::1%lo") == origin("fe80::2%lo")
+
+
 def test_a_member_that_asks_too_much_at_once_is_put_off_and_another_is_served(federation: Federation) -> None:
     arrived, release = threading.Semaphore(0), threading.Event()
 
@@ -590,6 +652,34 @@ def test_an_answer_that_breaks_off_is_not_passed_as_a_whole_one(federation: Fede
     thread.join()
 
 
+def test_an_answer_that_nobody_foresaw_ends_one_connection_and_is_one_line(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answers() -> None:
+        for answer in (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"):
+            raw, _ = listener.accept()
+            with raw:
+                raw.recv(65536)
+                raw.sendall(answer)
+
+    thread = threading.Thread(target=answers)
+    thread.start()
+    with (
+        listener,
+        opened(federation, f"http://127.0.0.1:{listener.getsockname()[1]}") as gate,
+        client(federation, gate) as http,
+    ):
+        with pytest.raises(httpx.TransportError):
+            http.post(PULL, headers=signed(federation))
+        assert http.post(PULL, headers=signed(federation)).status_code == 200
+        assert gate._busy == {"north": 0}
+    thread.join()
+    assert "never retrieved" not in caplog.text
+    assert caplog.text.count("127.0.0.1: its connection ended by a fault here: ") == 1
+
+
 # -- opening and closing --
 
 
@@ -641,6 +731,20 @@ def test_a_flood_of_refusals_does_not_fill_the_log(federation: Federation, caplo
             assert http.post(f"/v1/control/{i}").status_code == 404
         assert gate.refused() == {404: 20}
     assert caplog.text.count("(404)") == 1
+
+
+def test_a_flood_from_many_addresses_does_not_fill_the_log_nor_hide_what_members_do(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = opened(federation, "https://127.0.0.1:1")
+    for i in range(5000):
+        gate._note(f"2001:db8::{i:x}", 0, "no TLS connection")
+    assert len(caplog.records) == gate_module.LINES
+    gate._note("192.0.2.1", 413, "refused", "north")
+    gate._note("192.0.2.1", 413, "refused", "north")
+    assert [record.getMessage() for record in caplog.records[gate_module.LINES :]] == [
+        "member 'north' at 192.0.2.1: refused (413)"
+    ]
 
 
 # -- Flower's own processes --

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 pytest.importorskip("flwr")
 
 from folklora.errors import FederationError
+from folklora.federation.flower.credentials import init
 from folklora.federation.flower.daemon import LONGEST, SHORTEST, Pause
-from folklora.federation.flower.processes import Daemon, environment, is_loopback
+from folklora.federation.flower.processes import Daemon, environment, is_loopback, superlink
 
 
 def test_a_child_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
@@ -39,11 +41,41 @@ def test_a_child_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
         os.kill(pid, 0)
 
 
+def test_one_that_was_killed_says_so(tmp_path: Path) -> None:
+    made = init(tmp_path / "fed", ["a"])
+    (tmp_path / "secret").write_bytes(b"x" * 32)
+    with superlink(tmp_path, tmp_path / "secret", made.server_certificate, made.server_key, made.ca) as daemon:
+        assert daemon.alive
+        assert not daemon.ends(0)
+        assert daemon.pid is not None
+        os.kill(daemon.pid, signal.SIGKILL)
+        assert daemon.ends(60)
+        assert daemon.reason() == "killed by signal 9"
+
+
 def test_a_child_that_cannot_start_says_why(tmp_path: Path) -> None:
     daemon = Daemon("superlink", ["--ssl-certfile", "nowhere"], tmp_path)
     with pytest.raises(FederationError, match=r"superlink does not start: .*ssl-certfile.*superlink\.log"):
         daemon.start()
     assert not daemon.alive
+
+
+def test_without_flower_one_line_says_what_is_missing(tmp_path: Path) -> None:
+    absent = (
+        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'flwr' else f(n, *a); "
+    )
+    status = f"import sys; sys.argv = ['folklora', 'status', '--federation', {str(tmp_path)!r}]; "
+    script = absent + status + "from folklora.cli import main; main()"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: a federation needs Flower: pip install 'folklora[flower]'\n"
+
+
+def test_nothing_but_this_package_imports_flower() -> None:
+    parts = "run, network, remote, resident, parties, faults"
+    script = f"import sys, folklora.cli; from folklora.federation import {parts}; print('flwr' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert ended.stdout == "False\n", ended.stderr
 
 
 def test_nothing_of_flower_reaches_out_or_touches_the_users_home(tmp_path: Path) -> None:

@@ -15,13 +15,16 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from folklora.federation.flower.executor import POLL, PatientGrid, problem, reported
+from folklora.federation.flower.arrivals import PatientGrid
+from folklora.federation.flower.executor import problem, reported
 from folklora.federation.orders import Order, Record
 from folklora.federation.remote import Delivery
 
 FIELD = "folklora"
 """The one record of a message."""
 TYPES = {"train": "train", "score": "evaluate"}
+SHORTEST, LONGEST = 0.1, 1.0
+"""Seconds between two looks for answers: after one came, and when none has come for long."""
 
 
 class GridCarrier:
@@ -66,14 +69,16 @@ class GridCarrier:
                 waiting[sent] = name
             else:
                 yield Delivery(name, None, "the order could not be sent")
+        pause = SHORTEST
         while waiting and time.monotonic() < ends:
             came = False
             for asked, delivery in (*self._deliveries(), *self._turned_away()):
                 came = True
                 if waiting.pop(asked, None) is not None or delivery.record is not None:
                     yield delivery
+            pause = SHORTEST if came else min(1.1 * pause, LONGEST)
             if not came:
-                time.sleep(2 * POLL)
+                time.sleep(pause)
         for asked, name in waiting.items():
             if self.grid.forget(asked):
                 del self._asked[asked]

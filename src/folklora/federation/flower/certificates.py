@@ -195,7 +195,7 @@ def member_public(data: bytes) -> bytes:
         raise FederationError("that is a private key, which stays with its member; allowed: the .pub file beside it")
     try:
         key = ssh.load_ssh_public_key(data.strip())
-    except (ValueError, UnsupportedAlgorithm):
+    except _UNREADABLE:
         key = None
     return _checked_line(key, "a public key")
 
@@ -212,7 +212,7 @@ def member_public_of(private: bytes) -> bytes:
         key = ssh.load_ssh_private_key(private, None)
     except TypeError:
         raise FederationError("the private key has a passphrase; allowed: one without (ssh-keygen -p)") from None
-    except (ValueError, UnsupportedAlgorithm):
+    except _UNREADABLE:
         raise FederationError(f"not a private key; allowed: {_ALLOWED}") from None
     return _checked_line(key.public_key(), "a private key")
 
@@ -237,6 +237,8 @@ def signed_by(spki: bytes, message: bytes, signature: bytes) -> bool:
 
 
 _ALLOWED = "what `ssh-keygen -t ecdsa -b 384` writes"
+_UNREADABLE = (ValueError, UnsupportedAlgorithm, NotImplementedError)
+"""What the reader of OpenSSH keys raises; the last for a point in compressed form."""
 
 
 def _checked_line(key: object, what: str) -> bytes:

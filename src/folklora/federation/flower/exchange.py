@@ -10,6 +10,7 @@ import json
 import socket
 import ssl
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 
 from folklora.errors import FederationError
 from folklora.federation.flower import certificates
@@ -40,7 +41,9 @@ LINGER = 1.0
 """Seconds of silence after which a client that was refused while it was sending is taken to have stopped."""
 
 PUBLIC_KEY, TIMESTAMP, SIGNATURE = b"flwr-public-key", b"flwr-timestamp", b"flwr-signature"
-"""A SuperNode signs the time of its request; the SuperLink checks that it is recent."""
+"""A SuperNode signs the time of its request, and nothing else of it: the rest is for TLS to protect."""
+AHEAD, BEHIND = 5.0, 305.0
+"""Seconds by which that time may differ from the server's; the SuperLink's own bounds."""
 PASSED_ON = frozenset(
     {
         b"accept",
@@ -80,25 +83,38 @@ def admitted(request: h11.Request, members: Mapping[bytes, str]) -> str:
     Raises
     ------
     NotPassed
-        404: any other request; 412: a key that is no member's asks to be let in; 401: anything else that no member
-        signed. Those are the SuperLink's own answers.
+        404: any other request; 401: no member signed it, or at another time; 412: the same of a request to be let in,
+        whose reason the SuperNode prints. Those are the SuperLink's own answers.
     """
     path = request.target
     if request.method != b"POST" or path.decode("ascii") not in METHODS:
         raise NotPassed(404, "not a request of members")
     headers = dict(request.headers)
+    if any(sum(name == each for each, _ in request.headers) > 1 for name in (PUBLIC_KEY, TIMESTAMP, SIGNATURE)):
+        raise NotPassed(401, "signed twice")  # the SuperLink would go by the first, and we by the last
     try:
         public, signature = (base64.b64decode(headers[name], validate=True) for name in (PUBLIC_KEY, SIGNATURE))
         timestamp = headers[TIMESTAMP]
     except (KeyError, binascii.Error):
         raise NotPassed(401, "not signed") from None
-    if member := members.get(public):
-        if certificates.signed_by(public, timestamp, signature):
-            return member
+    refused = 412 if path.decode("ascii") == ACTIVATE else 401
+    if (member := members.get(public)) is None:
+        raise NotPassed(refused, "this key belongs to no member of the federation")
+    if not certificates.signed_by(public, timestamp, signature):
         raise NotPassed(401, f"not signed with the key of {member!r}")
-    if path.decode("ascii") == ACTIVATE:
-        raise NotPassed(412, "this key belongs to no member of the federation")
-    raise NotPassed(401, "signed with a key that is no member's")
+    if not -AHEAD < (age := _age(timestamp)) < BEHIND:
+        differs = f"{age:.0f} s behind" if age > 0 else f"{-age:.0f} s ahead of"
+        allowed = f"{AHEAD:.0f} s ahead to {BEHIND:.0f} s behind"
+        raise NotPassed(refused, f"the clock of {member!r} is {differs} the server's; allowed: {allowed}")
+    return member
+
+
+def _age(timestamp: bytes) -> float:
+    """Seconds since a time that was signed; raises NotPassed if it is none."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(timestamp.decode("ascii"))).total_seconds()
+    except (ValueError, TypeError, OverflowError):  # no time, or none of a known zone
+        raise NotPassed(401, "signed, but not at a time") from None
 
 
 def passed_back(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

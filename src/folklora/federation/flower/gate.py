@@ -5,7 +5,8 @@ nodes. So it listens on loopback, and a `Gate` stands on the public address. It 
 of one of `METHODS`, signed by a member's key (`admitted`, before its body is read), and of bounded size, which came
 within a bounded time; all else is answered here and logged. The SuperLink still does its own authentication.
 
-What one connection can cost is bounded, and how many there are; a flood from many addresses is a firewall's work.
+What one connection can cost is bounded, how many one address can have, and how many there are; a flood from many
+addresses is a firewall's work.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ except ImportError:
 log = logging.getLogger(__name__)
 
 
+LINES = 100
+"""Lines in the log about strangers in ten seconds, at most."""
+
+
 @dataclass
 class Traffic:
     """What was passed on: requests, and the bytes of their bodies and of the answers' bodies."""
@@ -62,6 +67,8 @@ class Limits:
     """Bytes of one message (``push-object``); any other request is small and has a fixed bound."""
     connections: int = 512
     """At once; more wait."""
+    from_one: int = 128
+    """Connections of one address at once (of IPv6, of one /64 network); more are broken off."""
     at_once: int = 8
     """Requests of one member at once; more are told to come back (503)."""
     head: int = 16 * 2**10
@@ -112,6 +119,7 @@ class Gate:
         self._traffic = {path: Traffic() for path in METHODS}
         self._refused: Counter[int] = Counter()
         self._busy: Counter[str] = Counter()
+        self._open: Counter[bytes] = Counter()
         self._oversized: dict[str, str] = {}
         self._noted: dict[tuple[str, int], float] = {}
 
@@ -206,24 +214,46 @@ class Gate:
         while True:
             await places.acquire()
             try:
-                accepted, _ = await loop.sock_accept(self._listener)
+                accepted, address = await loop.sock_accept(self._listener)
             except OSError as error:  # it hung up before it was let in, or there are no more file descriptors
                 log.warning("a connection could not be accepted: %s", error)
                 places.release()
                 await asyncio.sleep(0.1)
                 continue
-            task = asyncio.create_task(self._connection(accepted))
+            task = asyncio.create_task(self._connection(accepted, str(address[0])))
             connections.add(task)
             task.add_done_callback(connections.discard)
             task.add_done_callback(lambda _: places.release())
 
-    async def _connection(self, accepted: socket.socket) -> None:
-        peer = ""
+    async def _connection(self, accepted: socket.socket, peer: str) -> None:
         try:
-            peer = str(accepted.getpeername()[0])
+            with self._place(peer):
+                await self._talk(accepted, peer)
+        except NotPassed as refusal:
+            self._note(peer, 2, f"turned away: {refusal}")
+        except Exception as error:  # whatever no check of ours foresaw: it is the end of this connection alone
+            self._note(peer, 3, f"its connection ended by a fault here: {error!r}")
+            log.debug("a fault of the gate", exc_info=True)
+        finally:
+            accepted.close()
+
+    @contextlib.contextmanager
+    def _place(self, peer: str) -> Iterator[None]:
+        place = origin(peer)
+        if self._open[place] >= self.limits.from_one:
+            raise NotPassed(503, f"it has {self._open[place]} connections")
+        self._open[place] += 1
+        try:
+            yield
+        finally:
+            self._open[place] -= 1
+            if not self._open[place]:
+                del self._open[place]
+
+    async def _talk(self, accepted: socket.socket, peer: str) -> None:
+        try:
             wire = await Wire.open(accepted, self._tls, self.limits.head, self.limits.patience)
         except OSError as error:
-            accepted.close()
             self._note(peer, 0, f"no TLS connection: {error}")
             return
         try:
@@ -250,7 +280,7 @@ class Gate:
         except h11.RemoteProtocolError as error:
             await self._refuse(wire, peer, NotPassed(error.error_status_hint, str(error)), request, member)
         except TimeoutError:  # not an answer: a SuperNode tries again after a connection that broke
-            self._note(_who(peer, member), 1, "given up: it sent or took the bytes too slowly")
+            self._note(peer, 1, "given up: it sent or took the bytes too slowly", member)
         return False
 
     @contextlib.contextmanager
@@ -292,22 +322,28 @@ class Gate:
         if member and refusal.status == 413:
             self._oversized[member] = str(refusal)
         what = f"{request.method.decode('ascii')} {request.target[:200].decode('ascii')}" if request else "a request"
-        self._note(_who(peer, member), refusal.status, f"{what} refused: {refusal}")
+        self._note(peer, refusal.status, f"{what} refused: {refusal}", member)
         await wire.refuse(refusal, request)
 
-    def _note(self, who: str, status: int, text: str) -> None:
-        """Log it, but one line in ten seconds for each peer and status: nobody outside can fill the disk."""
+    def _note(self, peer: str, status: int, text: str, member: str = "") -> None:
+        """Log it, but one line in ten seconds for each sender and status, and `LINES` in all for those who are no
+        members: nobody outside can fill the disk, or hide what members do."""
+        who = f"member {member!r}" if member else peer
         now = time.monotonic()
         if now - self._noted.get((who, status), -10.0) < 10.0:
             return
-        if len(self._noted) >= 1000:
-            self._noted.clear()
+        self._noted = {key: when for key, when in self._noted.items() if now - when < 10.0}
+        if not member and len(self._noted) >= LINES:
+            return
         self._noted[who, status] = now
-        log.warning("%s: %s%s", who, text, f" ({status})" if status >= 100 else "")
+        at = f" at {peer}" if member else ""
+        log.warning("%s%s: %s%s", who, at, text, f" ({status})" if status >= 100 else "")
 
 
-def _who(peer: str, member: str) -> str:
-    return f"member {member!r} at {peer}" if member else peer
+def origin(peer: str) -> bytes:
+    """What an address counts as: itself, or with IPv6, where one sender has as many as it likes, its network."""
+    packed = ipaddress.ip_address(peer).packed
+    return packed if len(packed) == 4 else packed[:8]
 
 
 def _server_context(certificate: Path, key: Path) -> ssl.SSLContext:

@@ -21,14 +21,19 @@ from folklora.federation.flower.processes import Daemon, ended_by_signals, is_lo
 
 log = logging.getLogger(__name__)
 
-LONGEST_PAUSE = 15.0
-"""Seconds between two attempts to reach a server that is away."""
-POLL = 0.05
-"""Seconds between two looks for work."""
+BACK_OFF = 5.0
+"""Seconds between two attempts to reach a server that is away, at most."""
+SHORTEST, LONGEST = 0.05, 0.5
+"""Seconds between two looks for work: after some, and when there has been none for long."""
 DIAL = 5.0
 """Seconds that one attempt takes at most."""
 CONNECTED, NO_MEMBER = "SuperNode ID:", "belongs to no member"
 """What a SuperNode logs when its SuperLink has let it in, and when the gate will not."""
+REASONS = {
+    "Client error '401": "the server was restarted",
+    "Failed to activate": "the server has not noticed yet that the last one is gone; half a minute at most",
+}
+"""What it logs, and what that means here."""
 TAKEN, SENT, LOST = "Receiving:", "Sent successfully", "Failed to send"
 """When it takes an order, and when the answer is gone."""
 
@@ -62,6 +67,7 @@ class Connection:
         self._next = 0.0
         self.greeted = False
         self._waiting = False
+        self._reason = ""
 
     def attend(self) -> bool:
         """Do what there is to do for the connection; whether there is a SuperNode that may have work.
@@ -74,14 +80,14 @@ class Connection:
         if self.node.alive:
             if not self.greeted and CONNECTED in self.node.text():
                 log.info("connected to %s", self.membership.address)
-                self.greeted, self._waiting, self._pause = True, False, 1.0
+                self.greeted, self._waiting, self._pause, self._reason = True, False, 1.0, ""
             return True
         if self.node.pid is not None:
             self._ended()
         if time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + self._pause
-        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        self._pause = min(2 * self._pause, BACK_OFF)
         if not self._reachable():
             return False
         self.node.start()
@@ -89,14 +95,18 @@ class Connection:
         return True
 
     def _ended(self) -> None:
-        reason = self.node.reason()
+        said, reason = self.node.text(), self.node.reason()
         self.node.stop()
-        if NO_MEMBER in self.node.text():
+        if NO_MEMBER in said:
             raise FederationError(
                 f"{self.membership.address} does not know the key of member {self.membership.name!r}: "
                 f"{self.membership.folder / 'key.pub'} is not in the server's folder"
             )
-        log.warning("the connection ended (%s); dialling again", reason)
+        for sign, meaning in REASONS.items():
+            reason = meaning if sign in reason else reason
+        if reason != self._reason:
+            log.warning("the connection ended (%s); dialling again", reason)
+        self._reason = reason
         self._next = time.monotonic() + self._pause
 
     def _reachable(self) -> bool:
@@ -126,7 +136,7 @@ class Connection:
             said = self.node.text()
             if said.rfind(TAKEN) < max(said.rfind(SENT), said.rfind(LOST)):
                 break
-            time.sleep(POLL)
+            time.sleep(SHORTEST)
 
     def close(self) -> None:
         self.node.stop()
@@ -158,11 +168,14 @@ def join(
     Raises
     ------
     FolkLoraError
-        The folder is not a member's, another process works for it, or the server refuses it.
+        The folder is not a member's, a file is missing, another process works for it, or the server refuses it.
     """
     membership = Membership.read(folder, member)
     if insecure and not is_loopback(membership.host):
         raise FederationError(f"--insecure with {membership.host}; allowed: a server on this machine (127.0.0.1)")
+    for option, value in (("--data", data), ("--model", model)):
+        if value is not None and not Path(value).exists():
+            raise FederationError(f"{option} {value}: no such file or folder")
     from folklora.federation.folder import locked
 
     with (
@@ -179,15 +192,14 @@ def join(
 
         resident = Resident(membership.name, membership.folder, Own(data, text, label, rehearse, model))
         app = client_app(resident.answer)
-        tasks: SuperNode | None = None
+        tasks, pause = None, SHORTEST
         while not (once and resident.over):
-            if not connection.attend():
-                time.sleep(POLL)
-                continue
-            if tasks is None or tasks.address != connection.node.address:
-                if tasks is not None:
-                    tasks.close()
-                tasks = SuperNode(connection.node.address, connection.secret)
-            if not tasks.answer(app):
-                time.sleep(POLL)
+            if connection.attend():
+                if tasks is None or tasks.address != connection.node.address:
+                    tasks = SuperNode(connection.node.address, connection.secret)
+                if tasks.answer(app):
+                    pause = SHORTEST
+                    continue
+            time.sleep(pause)
+            pause = min(1.2 * pause, LONGEST)
         connection.farewell()

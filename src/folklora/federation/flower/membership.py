@@ -33,6 +33,7 @@ LARGEST = 2**20
 """Bytes of any file here."""
 
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
+_NUMBER = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
 def _member_name(name: str) -> str:
@@ -44,11 +45,12 @@ def _member_name(name: str) -> str:
 def _host(host: str) -> str:
     """A DNS name or an IP address that others can dial."""
     try:
-        dialled = not ipaddress.ip_address(host).is_unspecified
+        # What follows a % means something on one machine only, and no certificate can say it.
+        dialled = not ipaddress.ip_address(host).is_unspecified and "%" not in host
     except ValueError:
         labels = host.split(".")
         # A name whose last label is a number would be read as a mistyped IPv4 address.
-        dialled = len(host) <= 253 and all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdigit()
+        dialled = len(host) <= 253 and all(map(_LABEL.fullmatch, labels)) and not _NUMBER.fullmatch(labels[-1])
     if not dialled:
         raise ValueError(f"{host!r}; allowed: the DNS name or IP address that members dial, no scheme, no port")
     return host

@@ -127,6 +127,13 @@ class Daemon:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def ends(self, within: float) -> bool:
+        """Whether it is gone, or will be by itself within some seconds."""
+        try:
+            return self._process is None or self._process.wait(within) is not None
+        except subprocess.TimeoutExpired:
+            return False
+
     def stop(self) -> None:
         """End it: it says goodbye if it can, and is gone when this returns."""
         process, self._process = self._process, None
@@ -154,9 +161,12 @@ class Daemon:
     def reason(self) -> str:
         """The last thing in its log that looks like a reason, in one line."""
         lines = [line.strip() for line in self.text().splitlines()]
-        found = [line for line in lines if line and "For more information" not in line]
+        found = [line for line in lines if line and not re.match(r"INFO|For more information", line)]
         telling = [line for line in found if re.match(r"(ERROR|.*Error\b|Failed|\[code)", line)]
-        return re.sub(r"^(ERROR|WARNING|INFO)\s*:\s*", "", (telling or found or ["no reason given"])[-1])[:300]
+        status = self._process.poll() if self._process else None
+        if not telling and status is not None and status < 0:
+            return f"killed by signal {-status}"
+        return re.sub(r"^(ERROR|WARNING)\s*:\s*", "", (telling or found or ["no reason given"])[-1])[:300]
 
     def __enter__(self) -> Self:
         self.start()

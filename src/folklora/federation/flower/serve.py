@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from folklora.data.sources import sort_names
-from folklora.errors import RunError
+from folklora.errors import FederationError, RunError
 from folklora.federation.files import write_whole
 from folklora.federation.flower.apps import GridCarrier, server_app
-from folklora.federation.flower.executor import PatientGrid, SuperLink
+from folklora.federation.flower.arrivals import PatientGrid
+from folklora.federation.flower.executor import SuperLink
 from folklora.federation.flower.gate import Gate, Limits
 from folklora.federation.flower.membership import Federation
 from folklora.federation.flower.processes import ended_by_signals, is_loopback, superlink
@@ -132,7 +133,13 @@ def _run(
         def play(grid: PatientGrid) -> None:
             summary.update(host(run, GridCarrier(grid, nodes, gate.oversized), progress))
 
-        flower.run(server_app(play))
+        try:
+            flower.run(server_app(play))
+        except FederationError:
+            if not link.ends(1.0):
+                raise
+            why = f"Flower's SuperLink ended ({link.reason()}; see {link.log})"
+            raise FederationError(f"{why}; what was committed is kept: `folklora resume`") from None
     return summary
 
 

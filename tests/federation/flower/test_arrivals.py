@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from folklora.errors import MessageError
 from folklora.federation.flower.apps import FIELD, GridCarrier, client_app
-from folklora.federation.flower.executor import Arrival, PatientGrid
+from folklora.federation.flower.arrivals import Arrival, PatientGrid
 from folklora.federation.orders import Order
 
 RUN, HERE, THERE = 7, 1, 99

@@ -241,9 +241,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _faults_are_simulated(self) -> Recipe:
-        if self.engine.kind != "local" and (named := [name for name, share in self.faults if share]):
+        simulated = {f"faults.{name}": share for name, share in self.faults} | {"train.failures": self.train.failures}
+        if self.engine.kind != "local" and (named := [name for name, share in simulated.items() if share]):
             raise ValueError(
-                f'faults.{named[0]} = {getattr(self.faults, named[0])} with engine.kind = "{self.engine.kind}"; '
+                f'{named[0]} = {simulated[named[0]]} with engine.kind = "{self.engine.kind}"; '
                 'allowed: faults are simulated, with engine.kind = "local"'
             )
         return self
@@ -274,7 +275,7 @@ class Recipe(Section):
 
     @classmethod
     def from_toml(cls, text: str, where: str = "recipe") -> Recipe:
-        """What `to_toml` wrote, or somebody says it did.
+        """What `to_toml` wrote, or somebody says it did: paths stay as they are, and nothing is looked for on the disk.
 
         Raises
         ------
@@ -282,9 +283,10 @@ class Recipe(Section):
             One line naming what is wrong; ``where`` it is from stands before it.
         """
         try:
-            return cls.parse(tomllib.loads(text), where=where)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            document = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:  # also of a number with too many digits
             raise RecipeError(f"{where}: not valid TOML: {error}") from None
+        return cls._validated(document, where)
 
     @classmethod
     def parse(
@@ -304,6 +306,10 @@ class Recipe(Section):
         for place in (Path.cwd(), folder):
             if place is not None:
                 _resolve_paths(document, place)
+        return cls._validated(document, where)
+
+    @classmethod
+    def _validated(cls, document: dict[str, Any], where: str) -> Recipe:
         try:
             return cls.model_validate(document)
         except ValidationError as error:
@@ -337,6 +343,8 @@ def _toml(value: Any) -> str:
 
 def _short(value: Any) -> str:
     """What a message quotes of a value, however long it is."""
+    if isinstance(value, str | bytes):  # before it is spelt out
+        value = value[:200]
     shown = repr(value)
     return shown if len(shown) <= 120 else reprlib.repr(value)
 

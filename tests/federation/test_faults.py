@@ -372,6 +372,8 @@ def test_bad_keys(key: str, said: str, tiny_recipe: Make) -> None:
 def test_faults_are_not_for_a_real_federation(tiny_recipe: Make, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r'faults.late = 0.1 with engine.kind = "flower"; allowed: .*"local"'):
         tiny_recipe("engine.kind=flower", "faults.late=0.1")
+    with pytest.raises(RecipeError, match=r"train.failures = 0.1 with engine.kind"):
+        tiny_recipe("engine.kind=flower", "train.failures=0.1")
     with pytest.raises(RecipeError, match='engine.kind = "flower" .*`folklora serve`'):
         run(tiny_recipe("engine.kind=flower"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

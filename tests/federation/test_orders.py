@@ -87,6 +87,7 @@ def test_an_order_that_cannot_be_is_refused_by_name(change: dict[str, Any], name
         ({"counted": [2**60], "correct": [1]}, "counted"),
         ({"loss": float("inf")}, "loss"),
         ({"loss": "1"}, "loss"),
+        ({"loss": 1.7e308}, "loss"),  # a number, but the mean of two is none
         ({"status": "lost"}, "without a reason"),
         ({"failure": "x" * 1001}, "failure"),
         ({"examples": [1, 2]}, "examples"),

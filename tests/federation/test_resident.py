@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import stat
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from folklora.federation.folder import MemberFolder, locked
 from folklora.federation.orders import Order
 from folklora.federation.parties import Own, server_setup
 from folklora.federation.resident import Resident
+from folklora.federation.standing import own_model
 from folklora.methods.base import Message
 from folklora.recipe import Recipe
 
@@ -221,6 +223,43 @@ def test_a_server_cannot_name_a_file_or_a_backbone_to_open(tiny_recipe: Callable
     assert "DataError" in refused["failure"]
     refused = Server(recipe, tmp_path / "c", Own(rehearse=recipe.data.source)).hello()
     assert "BackboneError" in refused["failure"]
+
+
+def test_a_rehearsal_reads_the_source_that_the_member_named(
+    tiny_recipe: Callable[..., Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe("method.name=fedit")
+    told = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": f"/nowhere/{tiny_data.name}"})})
+    own = Own(rehearse=str(tiny_data), model=recipe.model.name)
+    server = Server(recipe, tmp_path / "a", own)
+    assert server.hello(recipe=told.to_toml())["status"] == "done"
+    for other in (str(tiny_data / "train.csv"), "banking77"):  # another one than the run's
+        server = Server(recipe, tmp_path / "b", Own(rehearse=other, model=recipe.model.name))
+        assert server.hello(recipe=told.to_toml())["status"] == "failed"
+
+
+def test_nothing_is_looked_for_where_the_recipe_of_a_server_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "private.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.from_toml('[data]\nsource = "private.csv"')
+    assert recipe.data.source == "private.csv"
+
+
+def test_a_member_that_comes_back_with_another_backbone_is_refused(
+    server: Server, tiny_model: Callable[[str], Path]
+) -> None:
+    server.ask("train", 1, base=0)
+    server.own = dataclasses.replace(server.own, model=str(tiny_model("roberta")))
+    server.restart()
+    answer = server.ask("train", 2, base=1)
+    assert answer["status"] == "refused"
+    assert "backbone" in answer["failure"]
+    brief = server.folder.brief()
+    assert brief is not None
+    with pytest.raises(RunError, match="not the backbone"):
+        own_model(server.folder, brief.model_copy(update={"model": server.own.model}))
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

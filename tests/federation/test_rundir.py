@@ -98,6 +98,39 @@ def test_only_what_a_kept_checkpoint_names_stays(run: RunDirectory) -> None:
         run.tensors(best, "clients/0/2.safetensors")
 
 
+def test_who_steps_back_behind_the_best_round_finds_the_best_before(run: RunDirectory) -> None:
+    for round, best in enumerate([None, 1, 1, 3]):
+        commit(run, round, ("0", "1", "2"), best_round=best)
+    run.step_back()
+    commit(run, 3, ("0", "1"), best_round=1)  # what was the best is not, this time
+    for round in (4, 5):
+        best_then = run.checkpoint(best=True)
+        assert best_then is not None
+        assert best_then.round == 1
+        for name in (best_then.server, *best_then.clients.values()):
+            run.tensors(best_then, name)
+        assert {kept.round for kept in run.kept()} == {round - 1, round - 2 if round > 4 else 2, 1}
+        commit(run, round, ("0",), best_round=1)
+
+
+def test_a_best_round_that_was_never_committed_is_none(run: RunDirectory) -> None:
+    for round, best in enumerate([None, 1, 1, 3]):
+        commit(run, round, best_round=best)
+    before = (run.path / "checkpoint-previous.json").read_bytes()
+    (run.path / "checkpoint.json").write_bytes(before)  # killed between the best's file and the commit
+    best_then = run.checkpoint(best=True)
+    assert best_then is not None
+    assert best_then.round == 1
+
+
+def test_a_best_round_that_is_damaged_is_not_passed_over(run: RunDirectory) -> None:
+    for round, best in enumerate([None, 1, 1]):
+        commit(run, round, best_round=best)
+    (run.path / "checkpoint-best.json").write_text("{}")
+    with pytest.raises(RunError, match="checkpoint-best.json is not that of the best round, 1; round 1 is kept"):
+        run.checkpoint(best=True)
+
+
 def test_safetensors_and_json_only(run: RunDirectory) -> None:
     commit(run, 0)
     commit(run, 1)

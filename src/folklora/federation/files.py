@@ -21,7 +21,10 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o
     OSError
         If the disk refuses; what was there before is then untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if durable:
+            _sync(path.parent.parent)
     temporary = path.with_name(f".{path.name}.part")
     try:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
@@ -30,6 +33,17 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o
             if durable:
                 os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            _sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _sync(folder: Path) -> None:
+    """A name is on the disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -46,8 +46,8 @@ class Brief(_File):
         As the server told them; the recipe as TOML.
     model
         The backbone that this member computes with: embedded name or folder.
-    fingerprint
-        SHA-256 of the member's rows.
+    fingerprint, backbone
+        SHA-256 of the member's rows and of that backbone.
     """
 
     run: str
@@ -57,6 +57,7 @@ class Brief(_File):
     classes: list[str]
     model: str
     fingerprint: Digest
+    backbone: Digest
 
 
 class Kept(_File):

@@ -10,11 +10,12 @@ from typing import Any
 from folklora.errors import RunError
 from folklora.federation.parties import server_setup
 from folklora.federation.remote import Carrier, RemoteEngine
-from folklora.federation.roster import Roster, empty_partition
+from folklora.federation.roster import FEDERATION, Roster
 from folklora.federation.rounds import Progress, Silent
 from folklora.federation.run import play, read_summary
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import Setup
+from folklora.federation.trackers import refuse_unreachable
 from folklora.recipe import Recipe
 
 
@@ -37,9 +38,10 @@ def begin(recipe: Recipe, out: str | Path, members: Sequence[str]) -> Hosted:
     """
     recipe = Recipe.parse(recipe.model_dump(), ["engine.kind=flower"])
     setup = server_setup(recipe, members)
-    classes = setup.data.table.classes
-    directory = RunDirectory.create(out, recipe, empty_partition(classes, members))
-    return Hosted(setup, directory, Roster.new(directory, classes, members))
+    refuse_unreachable(recipe.track)
+    roster = Roster.new(RunDirectory(Path(out)), setup.data.table.classes, members)
+    directory = RunDirectory.create(out, recipe, roster.partition(), {FEDERATION: roster.federation().encode()})
+    return Hosted(setup, directory, roster)
 
 
 def reopen(path: str | Path, members: Sequence[str], *, previous: bool = False) -> Hosted:

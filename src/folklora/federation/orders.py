@@ -36,6 +36,8 @@ MemberName = Annotated[str, Field(pattern=MEMBER)]
 ClassName = Annotated[str, Field(min_length=1, max_length=1000)]
 Payload = Annotated[bytes, Field(max_length=LIMIT)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+Loss = Annotated[float, Field(ge=-3e38, le=3e38)]
+"""Within float32, so that the mean of any number of them is a number."""
 
 
 class _Flat(BaseModel):
@@ -151,7 +153,7 @@ class Answer(_Flat):
     status: Literal["done", "failed", "resend", "lost", "refused"]
     failure: str = Field("", max_length=1000)
     data: Payload | None = None
-    loss: float | None = None
+    loss: Loss | None = None
     correct: list[Count] = Field(default=[], max_length=8)
     counted: list[Count] = Field(default=[], max_length=8)
     examples: list[Count] | None = Field(None, min_length=3, max_length=3)

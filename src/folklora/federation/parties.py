@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from folklora.data.partition import Split, split
-from folklora.data.sources import EMBEDDED, Table, load, load_test
+from folklora.data.sources import Table, load, load_test
 from folklora.errors import BackboneError, DataError, RecipeError
 from folklora.federation.setup import (
     FederatedData,
@@ -23,11 +24,12 @@ from folklora.federation.setup import (
     client_ranks,
     context,
     federated_data,
+    refuse_too_few,
     task_of,
     validate,
 )
 from folklora.methods import build
-from folklora.recipe import Recipe
+from folklora.recipe import EMBEDDED_NAMES, Recipe, TrackSection
 from folklora.training.prediction import features
 
 
@@ -42,7 +44,8 @@ class Own:
     text, label
         The file's columns; default: as the recipe has them.
     rehearse
-        Of a rehearsal: the source that the member agreed to read, beside those in the package.
+        Of a rehearsal: the source that the member agreed to read, beside those in the package. It has the name that the
+        server's has; its folder may be another.
     model
         A backbone's folder; default: the embedded one.
     """
@@ -63,6 +66,7 @@ def server_setup(recipe: Recipe, clients: Sequence[str]) -> Setup:
         For anything in the recipe that cannot be; the cheap refusals come first.
     """
     validate(recipe)
+    refuse_too_few(recipe, len(clients))
     ranks = client_ranks(recipe, list(clients))
     if recipe.data.classes is None:
         table, test = load(recipe.data.model_copy(update={"by": None}), recipe.seed)
@@ -70,6 +74,22 @@ def server_setup(recipe: Recipe, clients: Sequence[str]) -> Setup:
     else:
         classes, test = recipe.data.classes, load_test(recipe.data, recipe.seed)
     return _setup(recipe, ranks, _no_rows(classes), dict.fromkeys(clients, _NOTHING), test)
+
+
+def for_members(recipe: Recipe) -> Recipe:
+    """What members are told of a recipe: all that their work depends on, and not where the server has its files."""
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"name": _without_folder(recipe.model.name)}),
+            "data": recipe.data.model_copy(update={"source": _without_folder(recipe.data.source), "test": None}),
+            "track": TrackSection(),  # its address may hold a password
+        }
+    )
+
+
+def _without_folder(name: str) -> str:
+    """Never the name of what is in the package, unless that is meant."""
+    return name if name in EMBEDDED_NAMES else f"./{Path(name).name}"
 
 
 def member_setup(recipe: Recipe, client: str, clients: Sequence[str], classes: Sequence[str], own: Own) -> Setup:
@@ -144,13 +164,14 @@ def _own_rows(recipe: Recipe, classes: Sequence[str], own: Own) -> Table:
 
 def _share(recipe: Recipe, client: str, classes: Sequence[str], own: Own) -> Table:
     """The rows of one client of the recipe's own partition, in their order."""
-    source = recipe.data.source
-    if source not in EMBEDDED and source != own.rehearse:
+    theirs = recipe.data.source
+    source = theirs if theirs in EMBEDDED_NAMES else own.rehearse
+    if source is None or _without_folder(source) != _without_folder(theirs):
         raise DataError(
             "this run has no data in the package to rehearse with; allowed: --data FILE with this member's own rows, "
-            "or --rehearse SOURCE, the recipe's data.source"
+            f"or --rehearse SOURCE, the recipe's data.source, which is named {Path(theirs).name!r}"
         )
-    data = federated_data(recipe.data.model_copy(update={"test": None}), recipe.seed)
+    data = federated_data(recipe.data.model_copy(update={"source": source, "test": None}), recipe.seed)
     if client not in data.splits:
         raise DataError(
             f"the partition of {source} has no client {client!r}; allowed: members named as its clients are: "

@@ -16,18 +16,20 @@ import math
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import FolkLoraError, MessageError, RunError
 from folklora.federation.engine import Asked, Upload
+from folklora.federation.notes import Note
 from folklora.federation.orders import Answer, Order
+from folklora.federation.parties import for_members
 from folklora.federation.roster import SPLITS, Roster
-from folklora.federation.rundir import RunDirectory
+from folklora.federation.rundir import Checkpoint, RunDirectory
 from folklora.federation.scores import Score, common_score
 from folklora.federation.setup import Setup
 
@@ -37,8 +39,8 @@ POLL = 0.5
 """Seconds between two looks at who is connected."""
 FAREWELL = 10.0
 """Seconds that a goodbye may take; nothing depends on it."""
-REMEMBERED = 10_000
-"""Orders whose answers are still recognised when they come late."""
+REMEMBERED = 16
+"""Orders of each member whose answers are still recognised when they come late."""
 
 
 @dataclass(frozen=True)
@@ -65,51 +67,6 @@ class Carrier(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Note:
-    """What the server knows of a member's private state.
-
-    Attributes
-    ----------
-    version
-        The round it was made in; 0 after the sketch, -1: it has none.
-    settled
-        Whether that version has taken its welcome in.
-    accepted
-        Whether the upload made in it was taken.
-    welcome, reply
-        SHA-256 of those that the member was sent last.
-    """
-
-    version: int = -1
-    settled: bool = False
-    accepted: bool = False
-    welcome: str = ""
-    reply: str = ""
-
-    def tensors(self) -> Tensors:
-        """As the round loop's record of this client."""
-        numbers = {"version": self.version, "settled": self.settled, "accepted": self.accepted}
-        digests = {name: list(bytes.fromhex(getattr(self, name))) for name in ("welcome", "reply")}
-        return {name: torch.tensor([int(number)]) for name, number in numbers.items()} | {
-            name: torch.tensor(digest, dtype=torch.uint8) for name, digest in digests.items()
-        }
-
-    @classmethod
-    def of(cls, record: Tensors) -> Note:
-        """Raises RunError for a record of another engine."""
-        try:
-            version, settled, accepted = (int(record[name]) for name in ("version", "settled", "accepted"))
-            welcome, reply = (bytes(record[name].tolist()).hex() for name in ("welcome", "reply"))
-        except (KeyError, ValueError, RuntimeError):
-            raise RunError("the run's client records are not those of a network run") from None
-        return cls(version, bool(settled), bool(accepted), welcome, reply)
-
-    @property
-    def digests(self) -> set[str]:
-        return {digest for digest in (self.welcome, self.reply) if digest}
-
-
 class RemoteEngine:
     """Carries the round's messages as orders and answers; see `folklora.federation.engine.Engine`.
 
@@ -124,10 +81,12 @@ class RemoteEngine:
         self.round = 0
         self.notes = {client: Note() for client in roster.members}
         self.has: dict[str, set[str]] = {client: set() for client in roster.members}  # digests, for certain
+        self.checkpoints: list[Checkpoint] | None = None
         self.welcomes: dict[str, bytes] = {}
         self.replies: dict[str, bytes] = {}
         self.told: dict[str, dict[str, bytes]] = {}  # the bytes that the last order meant
         self.afresh: set[str] = set()  # they lost their state before they ever trained, and start again
+        self.waited = False
         self.greeted: set[str] = set()
         self.unwilling: set[str] = set()  # connected, but not to be asked
         self.numbers = itertools.count(secrets.randbits(40))  # no order of an earlier process has one of these
@@ -138,6 +97,8 @@ class RemoteEngine:
     def present(self, round: int, clients: Sequence[str], least: int) -> Sequence[str]:
         self.round = round
         end = time.monotonic() + self.setup.recipe.engine.wait
+        if not self.waited:  # the server has just been started, perhaps again: members need some seconds to come back
+            self.waited, least = True, len(clients)
         while True:
             here = set(self.carrier.members())
             self.unwilling &= here
@@ -153,7 +114,7 @@ class RemoteEngine:
         if not clients:
             return
         told = {
-            "recipe": self.setup.recipe.to_toml(),
+            "recipe": for_members(self.setup.recipe).to_toml(),
             "clients": self.roster.members,
             "classes": self.roster.classes,
             "backbone": self.setup.task.backbone.digest,
@@ -213,6 +174,8 @@ class RemoteEngine:
         for order, answer, fresh in self._ask(orders):
             if order.kind != "train":
                 continue
+            if fresh and answer.status in ("done", "failed"):
+                self._delivered(order)
             if fresh and answer.status == "done":
                 self._trained(order)
             failure = None if answer.status == "done" else answer.failure
@@ -220,6 +183,12 @@ class RemoteEngine:
                 failure = f"{answer.failure}; allowed: its folder brought back, or a new run"
             loss = answer.loss if answer.loss is not None else math.nan
             yield Upload(order.client, answer.data, loss, failure, order.round)
+
+    def _delivered(self, order: Order) -> None:
+        """The member has what the order named; what the round loop takes for an answer says so, and nothing else."""
+        new = {name: digest for name in ("welcome", "reply") if (digest := getattr(order, name)) is not None}
+        self.notes[order.client] = replace(self.notes[order.client], **new)
+        self.has[order.client] |= set(new.values())
 
     def _trained(self, order: Order) -> None:
         note = self.notes[order.client]
@@ -246,7 +215,8 @@ class RemoteEngine:
         for order, answer, fresh in self._ask(orders):
             if not fresh or answer.status != "done":
                 continue
-            scores = self._scores(order, answer)
+            if scores := self._scores(order, answer):
+                self._delivered(order)
             for each, name in zip(found, names[order.client], strict=True):
                 if name in scores:
                     each[order.client] = scores[name]
@@ -276,6 +246,7 @@ class RemoteEngine:
     # -- notes ---------------------------------------------------------------------------------------------------
 
     def records(self, clients: Sequence[str]) -> dict[str, Tensors]:
+        self.checkpoints = None  # a commit is about to be made
         return {client: self.notes[client].tensors() for client in clients}
 
     def restore(self, records: Mapping[str, Tensors]) -> Sequence[str]:
@@ -289,14 +260,16 @@ class RemoteEngine:
     def _kept(self, client: str) -> list[Note]:
         """The notes that the server may come back to."""
         found = []
-        for which in ({}, {"previous": True}, {"best": True}):
-            try:
-                checkpoint = self.directory.checkpoint(**which)
-                if checkpoint is not None and client in checkpoint.clients:
-                    found.append(Note.of(self.directory.tensors(checkpoint, checkpoint.clients[client])))
-            except RunError:  # a checkpoint that cannot be read cannot be come back to either
-                continue
+        for checkpoint in self._checkpoints():
+            with suppress(RunError):  # what cannot be read cannot be come back to either
+                found.append(Note.of(self.directory.tensors(checkpoint, checkpoint.clients[client])))
         return found
+
+    def _checkpoints(self) -> list[Checkpoint]:
+        """Those that are kept; read again after each commit."""
+        if self.checkpoints is None:
+            self.checkpoints = self.directory.kept()
+        return self.checkpoints
 
     # -- orders --------------------------------------------------------------------------------------------------
 
@@ -317,9 +290,10 @@ class RemoteEngine:
         return self._remember(order)
 
     def _remember(self, order: Order) -> Order:
-        # Without the bytes: it is only to know its answer by.
-        self.sent[order.number] = order.model_copy(update={"welcome_data": None, "reply_data": None, "recipe": None})
-        if len(self.sent) > REMEMBERED:
+        # Without what weighs: it is only to know its answer by.
+        heavy = ("welcome_data", "reply_data", "recipe", "clients", "classes")
+        self.sent[order.number] = order.model_copy(update=dict.fromkeys(heavy))
+        if len(self.sent) > REMEMBERED * len(self.roster.members):
             del self.sent[next(iter(self.sent))]
         return order
 
@@ -339,6 +313,7 @@ class RemoteEngine:
         """The answers to orders, and whether they are the first to an order of these; who lacks what it was thought to
         have is sent it."""
         again: dict[str, Order] = {}
+        repeated: set[int] = set()  # they were answered with "resend": whatever else is said to them is too late
         waiting = {order.number for order in orders.values()}
         deadline = self.setup.recipe.engine.deadline
         for order, answer in self._exchange(orders, deadline):
@@ -346,12 +321,14 @@ class RemoteEngine:
             waiting.discard(order.number)
             if fresh and answer.status == "resend":
                 again[order.client] = self._in_full(orders[order.client])
-            else:
+                repeated.add(order.number)
+            elif order.number not in repeated:
                 yield order, answer, fresh
         waiting = {order.number for order in again.values()}
         for order, answer in self._exchange(again, deadline):
-            yield order, answer, order.number in waiting
-            waiting.discard(order.number)
+            if order.number not in repeated:
+                yield order, answer, order.number in waiting
+                waiting.discard(order.number)
 
     def _in_full(self, order: Order) -> Order:
         """The same order with all bytes."""
@@ -402,18 +379,14 @@ class RemoteEngine:
 
     def _note(self, order: Order, answer: Answer) -> None:
         """What an answer tells of its sender's folder."""
-        client, note = order.client, self.notes[order.client]
-        if answer.status in ("done", "failed"):
-            new = {name: digest for name in ("welcome", "reply") if (digest := getattr(order, name)) is not None}
-            self.notes[client] = replace(note, **new)
-            if answer.status == "done" and order.kind in ("sketch", "train"):  # then it sweeps what nobody means
-                self.has[client] &= set(order.hold)
-            self.has[client] |= set(new.values())
+        client = order.client
+        if answer.status == "done" and order.kind in ("sketch", "train"):  # then it sweeps what nobody means
+            self.has[client] &= set(order.hold)
         elif answer.status == "resend":
             self.has[client] -= {order.welcome, order.reply}
         elif answer.status == "lost":
             self.greeted.discard(client)
             self.has[client] = set()
-            if note.version <= 0:
+            if self.notes[client].version <= 0:
                 self.afresh.add(client)
                 self.notes[client] = Note()

@@ -117,6 +117,7 @@ class Resident:
             classes=classes,
             model=setup.recipe.model.name,
             fingerprint=fingerprint(setup.data.table),
+            backbone=digest,
         )
         folder = self._folder(order.run)
         known = folder.brief()
@@ -151,6 +152,8 @@ class Resident:
         setup = member_setup(Recipe.from_toml(brief.recipe), self.client, brief.clients, brief.classes, self.own)
         if fingerprint(setup.data.table) != brief.fingerprint:
             raise Refused("this member's data is not what the run began with")
+        if setup.task.backbone.digest != brief.backbone:
+            raise Refused("this member's backbone is not what the run began with")
         self._open(order.run, setup)
         return setup
 

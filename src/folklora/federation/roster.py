@@ -18,6 +18,7 @@ from folklora.federation.orders import ClassName, MemberName, RunId
 from folklora.federation.rundir import RunDirectory
 
 SPLITS = ("train", "validation", "test")
+FEDERATION = "federation.json"
 
 
 class _Sizes(BaseModel):
@@ -59,10 +60,8 @@ class Roster:
 
     @classmethod
     def new(cls, directory: RunDirectory, classes: Sequence[str], members: Sequence[str]) -> Roster:
-        roster = cls(directory, uuid.uuid4().hex, classes, members)
-        document = {"run": roster.run, "members": roster.members}
-        directory.write("federation.json", json.dumps(document).encode())
-        return roster
+        """Of a run that is about to begin; nothing is written."""
+        return cls(directory, uuid.uuid4().hex, classes, members)
 
     @classmethod
     def open(cls, directory: RunDirectory) -> Roster:
@@ -73,7 +72,7 @@ class Roster:
         RunError
             If the directory holds none, or its files are damaged.
         """
-        name = "federation.json"
+        name = FEDERATION
         try:
             federation = _Federation.model_validate_json((directory.path / name).read_bytes())
             name = "partition.json"
@@ -102,13 +101,11 @@ class Roster:
             raise RunError(f"it has {list(sizes)} examples to train on, validate and test; it began with {known}")
         self.directory.write("partition.json", self.partition().encode())
 
+    def federation(self) -> str:
+        """``federation.json``."""
+        return json.dumps({"run": self.run, "members": self.members})
+
     def partition(self) -> str:
         """``partition.json``; of whom nothing is known yet, zeros."""
         clients = {c: dict(zip(SPLITS, self.sizes.get(c, [0, 0, 0]), strict=True)) for c in self.members}
         return json.dumps({"classes": self.classes, "clients": clients}, ensure_ascii=False) + "\n"
-
-
-def empty_partition(classes: Sequence[str], members: Sequence[str]) -> str:
-    """``partition.json`` before anybody said hello."""
-    clients = {member: dict.fromkeys(SPLITS, 0) for member in members}
-    return json.dumps({"classes": list(classes), "clients": clients}, ensure_ascii=False) + "\n"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from folklora.adapters.lowrank import Tensors
-from folklora.errors import FolkLoraError, RunError
+from folklora.errors import FolkLoraError, MessageError, RunError
 from folklora.federation.codec import decode, encode
 from folklora.federation.compression import Compression
 from folklora.federation.engine import Asked, Engine
@@ -135,15 +135,17 @@ class Rounds:
                     ledger.ignored["duplicate" if client in there else "unasked"] += 1
                     continue
                 silent.discard(client)
-                if data is not None:
-                    ledger.up[client] += len(data)
-                    try:
+                ledger.up[client] += len(data or b"")
+                try:
+                    if data is not None:
                         # Eight bytes a number, and names, is more than any form of it weighs.
                         message = decode(data, 8 * self.method.sketch_numbers() + SKETCH_NAMES)
                         self.method.check_sketch(message)
                         sketches[client] = message
-                    except FolkLoraError as error:
-                        failed[client] = str(error)
+                    elif self.method.sketch_numbers():
+                        raise MessageError("it sent no sketch; allowed: what the method asks for")
+                except FolkLoraError as error:
+                    failed[client] = str(error)
                 self.progress.advance()
         failed |= dict.fromkeys(silent, "did not answer")
         self._enough(0, there, failed)
@@ -182,7 +184,8 @@ class Rounds:
         with ledger.timed("aggregate"):
             sent = {client: self._deliver(client, ledger, lost=client in failed) for client in there}
         messages, losses, heard = self._train(round, working, failed, ledger)
-        self.delivered |= {client: digest for client in heard if (digest := sent[client]) is not None}
+        # In the clients' order: the checkpoint's bytes follow it.
+        self.delivered |= {c: digest for c in working if c in heard and (digest := sent[c]) is not None}
         took_part = list(losses)
         self._enough(round, there, failed)
         self._take_back([client for client in working if client not in losses])
@@ -231,8 +234,10 @@ class Rounds:
                         raise RunError(upload.failure)
                     if not math.isfinite(upload.loss):
                         raise RunError(f"training loss = {upload.loss}; allowed: a finite number")
+                    expected = self.method.expected(round, self.state, client)
+                    if upload.data is None and expected:
+                        raise MessageError("it sent nothing; allowed: what the method asks for")
                     if upload.data is not None:
-                        expected = self.method.expected(round, self.state, client)
                         message = self.compression.read(round, client, upload.data, expected, self._said(client))
                         self.method.check_update(round, self.state, client, message)
                         arrived[client] = message

@@ -274,6 +274,12 @@ def client_model(path: str | Path, client: str, *, tuned: bool = False) -> Clien
     return ClientModel(setup, client, setup.method.adapter.rank(tensors), tensors)
 
 
+def recipe_of(path: str | Path) -> Recipe:
+    """The recipe of a run directory, or of the folder that a member keeps of a network run."""
+    brief = MemberFolder(Path(path)).brief()
+    return RunDirectory.open(path).recipe if brief is None else Recipe.from_toml(brief.recipe)
+
+
 def export(path: str | Path, client: str, to: str | Path, *, tuned: bool = False) -> Path:
     """One client's adapter as a stock PEFT LoRA folder; see `folklora.adapters.peft.save_peft`."""
     model = client_model(path, client, tuned=tuned)

@@ -29,6 +29,8 @@ from folklora.federation.files import write_whole
 from folklora.recipe import Recipe
 
 CURRENT, PREVIOUS, BEST = "checkpoint.json", "checkpoint-previous.json", "checkpoint-best.json"
+BEST_BEFORE = "checkpoint-best-previous.json"
+"""The best round before the best: whoever steps back may step back behind it."""
 METRICS = "metrics.jsonl"
 
 
@@ -72,8 +74,15 @@ class RunDirectory:
     # -- creating and opening ------------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, path: str | Path, recipe: Recipe, partition: str) -> RunDirectory:
+    def create(
+        cls, path: str | Path, recipe: Recipe, partition: str, others: Mapping[str, bytes] | None = None
+    ) -> RunDirectory:
         """A new run; refuses a directory that already holds one.
+
+        Parameters
+        ----------
+        others
+            More files that it begins with. ``recipe.toml``, which makes it a run, is written last.
 
         Raises
         ------
@@ -88,12 +97,14 @@ class RunDirectory:
             (run.path / "clients").mkdir(parents=True, exist_ok=True)
             (run.path / "server").mkdir(exist_ok=True)
             run.write("partition.json", partition.encode())
+            for name, data in (others or {}).items():
+                run.write(name, data)
             run.write("recipe.toml", recipe.to_toml().encode())
         return run
 
     def _refuse_strangers(self) -> None:
         """A run sweeps its folders and trusts its files: none may be somebody else's, such as a project's server/."""
-        for name in ("clients", "server", METRICS, CURRENT, PREVIOUS, BEST, "summary.json"):
+        for name in ("clients", "server", METRICS, CURRENT, PREVIOUS, BEST, BEST_BEFORE, "summary.json"):
             path = self.path / name
             if path.is_file() or (path.is_dir() and any(path.iterdir())):
                 raise RunError(f"{path} is there already and belongs to no run; use another --out")
@@ -174,9 +185,11 @@ class RunDirectory:
                 self.write(PREVIOUS, (self.path / CURRENT).read_bytes())
             encoded = after.to_json().encode()
             if best_round == round:
+                if before is not None and (best := self._best_of(before)) is not None:
+                    self.write(BEST_BEFORE, best.to_json().encode())
                 self.write(BEST, encoded)
             self.write(CURRENT, encoded)
-            self._sweep(after)
+            self._sweep()
         return after
 
     def _append(self, line: Mapping[str, Any], after: int) -> tuple[int, str]:
@@ -203,10 +216,9 @@ class RunDirectory:
         with _reported(path):
             write_whole(path, data, durable=durable)
 
-    def _sweep(self, current: Checkpoint) -> None:
+    def _sweep(self) -> None:
         """Remove files that no kept checkpoint names."""
-        kept = [current] + [c for name in (PREVIOUS, BEST) if (c := self._read_checkpoint(name, quiet=True))]
-        named = {name for checkpoint in kept for name in (checkpoint.server, *checkpoint.clients.values())}
+        named = {name for checkpoint in self.kept() for name in (checkpoint.server, *checkpoint.clients.values())}
         for folder in ("clients", "server"):
             for path in (self.path / folder).rglob("*"):
                 if path.is_file() and path.relative_to(self.path).as_posix() not in named:
@@ -216,12 +228,27 @@ class RunDirectory:
 
     def checkpoint(self, *, previous: bool = False, best: bool = False) -> Checkpoint | None:
         """The last committed round (or the one before, or the best so far); None if nothing was committed."""
-        return self._read_checkpoint(PREVIOUS if previous else BEST if best else CURRENT)
+        found = self._read_checkpoint(PREVIOUS if previous else CURRENT)
+        if not best or found is None or found.best_round is None:
+            return None if best else found
+        if (kept := self._best_of(found)) is None:
+            raise RunError(f"{self.path / BEST} is not that of the best round, {found.best_round}; {self._advice()}")
+        return kept
+
+    def kept(self) -> list[Checkpoint]:
+        """All that a run may come back to: the last round, the one before, and the best as each of them knows it."""
+        last = [found for name in (CURRENT, PREVIOUS) if (found := self._read_checkpoint(name, quiet=True))]
+        return last + [best for found in last if (best := self._best_of(found))]
+
+    def _best_of(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """A round that was stepped back from, or never committed, may have left the name of a better one."""
+        found = (self._read_checkpoint(name, quiet=True) for name in (BEST, BEST_BEFORE))
+        return next((best for best in found if best is not None and best.round == checkpoint.best_round), None)
 
     def _read_checkpoint(self, name: str, *, quiet: bool = False) -> Checkpoint | None:
         path = self.path / name
         if not path.exists():
-            if name == CURRENT and (self.path / PREVIOUS).exists():
+            if name == CURRENT and (self.path / PREVIOUS).exists() and not quiet:
                 raise RunError(f"{path} is missing; {self._advice()}")
             return None
         try:

@@ -17,9 +17,11 @@ def own_model(folder: MemberFolder, brief: Brief, *, tuned: bool = False) -> tup
     Raises
     ------
     RunError
-        If what it consists of is not in the folder any more.
+        If what it consists of is not in the folder any more, or the backbone is another one by now.
     """
     setup = rowless_setup(Recipe.from_toml(brief.recipe), brief.clients, brief.classes, brief.model)
+    if setup.task.backbone.digest != brief.backbone:
+        raise RunError(f"{brief.model}: not the backbone that this run was trained with")
     member = Member(setup, brief.client)
     state = folder.state()
     record = folder.tensors(state.model)

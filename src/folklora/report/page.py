@@ -183,7 +183,7 @@ def _run_facts(run: Run, seeds: Sequence[int | None] | None = None) -> list[str]
     facts = [
         f"{len(run.clients)} client{'s' * (len(run.clients) != 1)}",
         f"{len(run.classes)} classes" if run.classes else "",
-        f"partition {kind}{detail}" if kind else "",
+        f"partition {kind}{detail}" if kind and not _has_own_rows(run) else "",
         f"model {Path(str(run.section('model').get('name'))).name}" if run.section("model").get("name") else "",
         f"rank {rank}" if (rank := run.section("adapter").get("rank")) is not None else "",
         f"{planned} round{'s' * (planned != 1)}" if planned is not None else "",
@@ -308,5 +308,12 @@ def _cut(title: str, count: int) -> str:
     return title if count <= MOST_LINES else f"{title} (the first {MOST_LINES} of {count})"
 
 
+def _has_own_rows(run: Run) -> bool:
+    """Whether members brought files of their own: then the server was told the labels, and read no source."""
+    return run.section("engine").get("kind") == "flower" and bool(run.section("data").get("classes"))
+
+
 def _source(run: Run) -> str:
-    return Path(str(run.section("data").get("source", "unknown data"))).name
+    return (
+        "members' own data" if _has_own_rows(run) else Path(str(run.section("data").get("source", "unknown data"))).name
+    )

@@ -656,15 +656,17 @@ def test_an_answer_that_nobody_foresaw_ends_one_connection_and_is_one_line(
     federation: Federation, caplog: pytest.LogCaptureFixture
 ) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(60)
+    two_lengths = b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
 
     def answers() -> None:
-        for answer in (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"):
+        for answer in (two_lengths, b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"):
             raw, _ = listener.accept()
             with raw:
                 raw.recv(65536)
                 raw.sendall(answer)
 
-    thread = threading.Thread(target=answers)
+    thread = threading.Thread(target=answers, daemon=True)
     thread.start()
     with (
         listener,

@@ -230,12 +230,11 @@ class Gate:
             with self._place(peer):
                 await self._talk(accepted, peer)
         except NotPassed as refusal:
+            accepted.close()
             self._note(peer, 2, f"turned away: {refusal}")
         except Exception as error:  # whatever no check of ours foresaw: it is the end of this connection alone
             self._note(peer, 3, f"its connection ended by a fault here: {error!r}")
             log.debug("a fault of the gate", exc_info=True)
-        finally:
-            accepted.close()
 
     @contextlib.contextmanager
     def _place(self, peer: str) -> Iterator[None]:
@@ -254,6 +253,7 @@ class Gate:
         try:
             wire = await Wire.open(accepted, self._tls, self.limits.head, self.limits.patience)
         except OSError as error:
+            accepted.close()
             self._note(peer, 0, f"no TLS connection: {error}")
             return
         try:

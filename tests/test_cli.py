@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -448,3 +449,13 @@ def test_the_options_of_one_method(folklora: Command) -> None:
     unknown = folklora("methods", "celara")
     assert unknown.code == 2
     assert "did you mean 'celora'" in unknown.err
+
+
+def test_a_peers_words_forge_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from folklora.cli import _at_work
+
+    with _at_work("go on"):
+        logging.getLogger("folklora.federation").warning("site-1: %s", "no\n12:00:00 all is well\x1b[2J")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.endswith("site-1: no\\n12:00:00 all is well\\x1b[2J\n")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from folklora.errors import FolkLoraError
+from folklora.errors import FolkLoraError, one_line
 from folklora.recipe import Recipe
 
 app = typer.Typer(
@@ -431,7 +431,11 @@ class _LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
-        err.print(f"{datetime.now():%H:%M:%S} {self.format(record)}", style=style, soft_wrap=True)
+        # A peer's words may be among them: they forge no second line and send the terminal nothing.
+        lines = [one_line(record.getMessage())]
+        if record.exc_info:
+            lines += map(one_line, logging.Formatter().formatException(record.exc_info).splitlines())
+        err.print(f"{datetime.now():%H:%M:%S} " + "\n".join(lines), style=style, soft_wrap=True)
 
 
 @contextmanager

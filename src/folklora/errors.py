@@ -8,12 +8,17 @@ is our mistake and keeps its traceback.
 from __future__ import annotations
 
 
+def one_line(text: str) -> str:
+    """Text that may come from anywhere, as one line that a terminal only shows: what cannot be printed is spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class FolkLoraError(Exception):
     """Base of all errors that name what is wrong, where, and what is allowed; the message is one line."""
 
     def __init__(self, message: str) -> None:
         # What it quotes (a key, a path, another library's words) may hold line breaks.
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        super().__init__(one_line(message))
 
 
 class RecipeError(FolkLoraError):

@@ -17,6 +17,8 @@ import traceback
 from types import SimpleNamespace
 from typing import Any
 
+from folklora.federation.flower.direct import dial_directly
+
 GRACE = 3.0
 """Seconds that a child has for its goodbyes."""
 SHORTEST, LONGEST = 0.2, 3.0
@@ -91,6 +93,7 @@ def main() -> None:
     sys.argv = [f"flower-{kind}", *(argument for argument in sys.argv[2:] if argument != PLAIN)]
     status = 1
     try:
+        dial_directly()
         if kind == "superlink":
             from flwr.superlink.cli.flower_superlink import flower_superlink
 

@@ -52,13 +52,17 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message
 
 from folklora import __version__
-from folklora.errors import FederationError, MessageError
+from folklora.errors import FederationError, MessageError, one_line
 from folklora.federation.flower.arrivals import Arrival, PatientGrid
+from folklora.federation.flower.direct import dial_directly
 
+dial_directly()
 log = logging.getLogger(__name__)
 
 POLL = 0.05
 """Seconds between two questions to a process on this machine."""
+ARRIVES = 300.0
+"""Seconds within which a message is whole that was announced: longer than Flower lets anybody send it."""
 
 BUNDLE = {
     "pyproject.toml": f"""
@@ -183,7 +187,10 @@ class SuperNode:
         if not announced.message_object_trees:
             raise MessageError("a task without a message")
         arrival = Arrival(announced.message_object_trees[0])
+        end = time.monotonic() + ARRIVES
         while (message := arrival.pull(client, task.context.node_id, task.run.run_id)) is None:
+            if time.monotonic() > end:
+                raise MessageError("its contents never came")
             time.sleep(POLL)
         return message
 
@@ -208,7 +215,7 @@ def problem(error: Error) -> str:
     """What stands where an answer should, in words of ours where they are clearer."""
     if error.code == ErrorCode.NODE_UNAVAILABLE:
         return "the connection to it was lost"
-    return error.reason or f"Flower's error {error.code}"
+    return one_line((error.reason or "")[:300]) or f"Flower's error {error.code}"
 
 
 @contextmanager

@@ -25,6 +25,8 @@ BACK_OFF = 5.0
 """Seconds between two attempts to reach a server that is away, at most."""
 SHORTEST, LONGEST = 0.05, 0.5
 """Seconds between two looks for work: after some, and when there has been none for long."""
+EXPIRED = 10
+"""OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED."""
 DIAL = 5.0
 """Seconds that one attempt takes at most."""
 CONNECTED, NO_MEMBER = "SuperNode ID:", "belongs to no member"
@@ -119,15 +121,21 @@ class Connection:
                         pass
             return True
         except ssl.SSLCertVerificationError as error:
+            if error.verify_code == EXPIRED:  # it will be renewed, and then all members should be there
+                self._wait_for(f"the certificate of {self.membership.address} has run out")
+                return False
             raise FederationError(
                 f"{self.membership.address} is not the server of this federation: {error.verify_message} "
                 f"({self.membership.ca} says who may be)"
             ) from None
         except OSError as error:
-            if not self._waiting:
-                log.warning("no server at %s (%s); waiting for it", self.membership.address, error.strerror or error)
-                self._waiting = True
+            self._wait_for(f"no server at {self.membership.address} ({error.strerror or error})")
             return False
+
+    def _wait_for(self, reason: str) -> None:
+        if not self._waiting:
+            log.warning("%s; waiting for it", reason)
+            self._waiting = True
 
     def farewell(self) -> None:
         """Let the last answer leave: the SuperNode has it, and says so when it is gone."""

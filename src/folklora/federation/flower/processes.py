@@ -26,6 +26,8 @@ from folklora.federation.flower.daemon import GRACE, PLAIN
 LOOPBACK = "127.0.0.1"
 READY = 60.0
 """Seconds that a process has to come up; it takes two or three."""
+SHOWN = 20_000
+"""Bytes of the end of a log that are looked at."""
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -153,10 +155,12 @@ class Daemon:
     def text(self) -> str:
         """What it has logged since it was started last, or the end of that."""
         try:
-            data = self.log.read_bytes()[self._began :]
+            with self.log.open("rb") as log:
+                log.seek(max(self._began, self._logged() - SHOWN))
+                data = log.read(SHOWN)
         except OSError:
             return ""
-        return re.sub(r"\x1b\[[0-9;]*m", "", data[-20_000:].decode("utf-8", "replace"))
+        return re.sub(r"\x1b\[[0-9;]*m", "", data.decode("utf-8", "replace"))
 
     def reason(self) -> str:
         """The last thing in its log that looks like a reason, in one line."""
@@ -169,7 +173,11 @@ class Daemon:
         return re.sub(r"^(ERROR|WARNING)\s*:\s*", "", (telling or found or ["no reason given"])[-1])[:300]
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # Ctrl-C too: nobody will call `__exit__`
+            self.stop()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from folklora import cli
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import RecipeError, RunError
 from folklora.federation.engine import Engine, Upload
@@ -292,13 +292,34 @@ def test_who_failed_is_as_it_was(why: str, tiny_recipe: Make, play: Play) -> Non
 # -- too few -----------------------------------------------------------------------------------------------------------
 
 
-def folklora(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "folklora.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "300"})
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    returncode: int
+    stderr: str
+
+
+Folklora = Callable[..., Ended]
+
+
+@pytest.fixture
+def folklora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Folklora:
+    """The command line, in this process: the libraries are loaded."""
+
+    def ran(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["folklora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Ended(int(ended.value.code or 0), capsys.readouterr().err)
+
+    return ran
 
 
 @pytest.mark.parametrize("fault", ["offline", "late", "corrupt"])
-def test_too_few_stop_the_run_and_nothing_is_lost(fault: str, tiny_recipe: Make, tmp_path: Path, facts: Facts) -> None:
+def test_too_few_stop_the_run_and_nothing_is_lost(
+    fault: str, tiny_recipe: Make, tmp_path: Path, facts: Facts, folklora: Folklora
+) -> None:
     """Every committed round had all clients: when the fault is gone the run ends as if there had been none."""
     settings = (*CASES["fedit, memory"], ROUNDS, "train.optimizer_state=kept", "engine.min_clients=4", "engine.wait=0")
     share = 0.12

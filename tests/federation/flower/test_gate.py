@@ -676,8 +676,8 @@ def test_an_answer_that_nobody_foresaw_ends_one_connection_and_is_one_line(
         with pytest.raises(httpx.TransportError):
             http.post(PULL, headers=signed(federation))
         assert http.post(PULL, headers=signed(federation)).status_code == 200
-        assert gate._busy == {"north": 0}
     thread.join()
+    assert gate._busy == {"north": 0}  # looked at when all is over: an answer is there before its place is free
     assert "never retrieved" not in caplog.text
     assert caplog.text.count("127.0.0.1: its connection ended by a fault here: ") == 1
 

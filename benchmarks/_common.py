@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def publish(name: str, document: Mapping[str, Any]) -> Path:
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(json.dumps({"benchmark": name, **document}, allow_nan=False), flush=True)
     return path
+
+
+def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
+    """Median and range, rounded."""
+    return {key: round(f(values), digits) for key, f in (("median", statistics.median), ("min", min), ("max", max))}
 
 
 def _processor() -> str:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS, environment, publish
+from _common import RESULTS, environment, publish, spread
 from stock_peft import ALPHA, CLASSES, RANK, Losses, OneByOne
 from torch import nn
 from torch.nn import functional as F
@@ -120,10 +120,6 @@ class Timed:
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)
         return self.seconds[-1]
-
-
-def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
-    return {key: round(f(values), digits) for key, f in (("median", statistics.median), ("min", min), ("max", max))}
 
 
 def measure(

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import environment, publish
+from _common import environment, publish, spread
 from stock_peft import OneByOne
 
 from folklora.adapters.lowrank import Tensors
@@ -203,17 +203,13 @@ def measure(arms: Mapping[str, Arm], repeats: int) -> dict[str, Any]:
             ratio.append(found[name][-1].seconds / found["ours"][-1].seconds)
     return {
         name: {
-            "seconds": spread([each.seconds for each in outcomes]),
-            "times_ours": spread(ratios[name]) if name in ratios else None,
-            "seconds_before_the_rounds": spread([each.start for each in outcomes]) if name == "flower" else None,
+            "seconds": spread([each.seconds for each in outcomes], 2),
+            "times_ours": spread(ratios[name], 2) if name in ratios else None,
+            "seconds_before_the_rounds": spread([each.start for each in outcomes], 2) if name == "flower" else None,
             "train_loss": [round(loss, 5) for loss in outcomes[-1].losses],
         }
         for name, outcomes in found.items()
     }
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {key: round(f(values), 2) for key, f in (("median", statistics.median), ("min", min), ("max", max))}
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ import os
 import signal
 import socket
 import socketserver
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import environment, publish
+from _common import environment, publish, spread
 
 from folklora.federation.flower.credentials import init
+from folklora.federation.flower.processes import free_port
 from folklora.federation.run import run
 from folklora.federation.rundir import RunDirectory
 from folklora.recipe import Recipe
@@ -94,12 +94,6 @@ def recipe(method: str, rounds: int) -> Recipe:
     train = {"rounds": rounds, "batch_size": 16, "lr": 5e-3}
     document = {"data": data, "train": train, "method": {"name": method}, "model": {"dtype": "float32"}}
     return Recipe.parse(document)
-
-
-def free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return int(asked.getsockname()[1])
 
 
 @contextmanager
@@ -186,18 +180,19 @@ def resident(pid: int) -> int:
 
 
 def told(path: Path) -> dict[str, Any]:
-    """What a run says of itself: bytes in all, seconds of each round, accuracy."""
+    """What a run says of itself: bytes in all, seconds of each round, accuracy, who failed in each and why."""
     lines = RunDirectory.open(path).metrics()
     row = json.loads((path / "summary.json").read_text(encoding="utf-8"))["row"]
     turns = max(1, sum(len(line["participants"]) + len(line["failed"]) for line in lines[1:]))
     up = sum(line["bytes_up"] for line in lines)
     down = lines[0]["bytes_down"] + row["bytes_down_per_client_round"] * turns  # the final reply included
     seconds = [sum(line["seconds"].values()) for line in lines[1:]]
-    return {"counted": {"up": up, "down": round(down)}, "seconds": seconds, "accuracy": row["accuracy_mean"]}
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {key: round(f(values), 2) for key, f in (("median", statistics.median), ("min", min), ("max", max))}
+    return {
+        "counted": {"up": up, "down": round(down)},
+        "seconds": seconds,
+        "accuracy": row["accuracy_mean"],
+        "failed": [line["failed"] for line in lines],
+    }
 
 
 def measured(method: str, rounds: int, repeats: int, threads: int) -> dict[str, Any]:
@@ -212,10 +207,10 @@ def measured(method: str, rounds: int, repeats: int, threads: int) -> dict[str, 
     return {
         "method": method,
         "counted": flower[-1]["counted"],
-        "wire": {way: spread([each["wire"][way] for each in flower]) for way in ("up", "down")},
+        "wire": {way: spread([each["wire"][way] for each in flower], 2) for way in ("up", "down")},
         "seconds_a_round": {
-            "local": spread([s for each in local for s in each["seconds"][1:]]),
-            "flower": spread([s for each in flower for s in each["seconds"][1:]]),
+            "local": spread([s for each in local for s in each["seconds"][1:]], 2),
+            "flower": spread([s for each in flower for s in each["seconds"][1:]], 2),
         },
         "memory": highest([each["memory"] for each in flower]),
         "accuracy": {"local": local[-1]["accuracy"], "flower": flower[-1]["accuracy"]},

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import heapq
-import json
 import os
 import random
 import select
@@ -133,14 +132,13 @@ def federated(method: str, rounds: int, delay: float, loss: float, threads: int)
         if server.returncode:
             raise SystemExit(f"the server ended with {server.returncode}:\n{(folder / 'serve.log').read_text()}")
         found = told(folder / "run")
-        metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         return {
             "delay_ms": 1e3 * delay,
             "loss": loss,
             "packets": between.carried,
             "packets_lost": between.lost,
             "seconds_a_round": [round(seconds, 2) for seconds in found["seconds"]],
-            "failed": [line["failed"] for line in metrics],
+            "failed": found["failed"],
             "accuracy": found["accuracy"],
         }
 

@@ -452,9 +452,9 @@ def test_the_options_of_one_method(folklora: Command) -> None:
 
 
 def test_a_peers_words_forge_no_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from folklora.cli import _at_work
+    from folklora.terminal import at_work
 
-    with _at_work("go on"):
+    with at_work("go on"):
         logging.getLogger("folklora.federation").warning("site-1: %s", "no\n12:00:00 all is well\x1b[2J")
     said = capsys.readouterr().err
     assert said.count("\n") == 1

@@ -5,23 +5,17 @@ Results go to stdout, progress and everything else to stderr. A user's mistake i
 
 from __future__ import annotations
 
-import json
-import logging
 import re
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from folklora.errors import FolkLoraError, one_line
+from folklora.errors import FolkLoraError
 from folklora.recipe import Recipe
+from folklora.terminal import Shown, at_work, err, out, print_json
 
 app = typer.Typer(
     help="FolkLoRA: personalised federated fine-tuning of foundation models in kilobytes a round.",
@@ -31,10 +25,6 @@ app = typer.Typer(
 )
 federation_app = typer.Typer(help="The folder of a federation over a network: keys, certificates, members.")
 app.add_typer(federation_app, name="federation", no_args_is_help=True)
-# Into a file or a pipe a table is as wide as it needs to be, not as a terminal of 80 columns. No markup: names of
-# clients, classes and folders may hold brackets.
-out = Console(width=None if sys.stdout.isatty() else 150, markup=False, highlight=False)
-err = Console(stderr=True, markup=False, highlight=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/banking77.toml", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="A run directory", show_default=False)]
@@ -48,57 +38,6 @@ Port = Annotated[int | None, typer.Option(help="Port to listen on; default: the 
 Insecure = Annotated[bool, typer.Option("--insecure", help="Plain HTTP; on one machine only (loopback)")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.lr=1e-3 (repeatable)")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there")]
-
-
-class Shown:
-    """Progress on a terminal: a bar for the phase in hand, a line for each round."""
-
-    def __init__(self, title: str = "") -> None:
-        self.bars = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=err,
-            transient=True,
-        )
-        self.title = title
-        self.task: Any = None
-
-    def __enter__(self) -> Shown:
-        if err.is_interactive:  # elsewhere Rich would still leave an empty line behind
-            self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if err.is_interactive:
-            self.bars.stop()
-
-    def run(self, name: str) -> None:
-        self.title = name
-        err.print(name, style="bold")
-
-    def phase(self, name: str, total: int) -> None:
-        if self.task is not None:
-            self.bars.remove_task(self.task)
-        self.task = self.bars.add_task(f"{self.title} {name}".strip(), total=total)
-        if not err.is_terminal and not name.startswith("round"):
-            err.print(f"  {self.title} {name} ...".rstrip())
-
-    def advance(self) -> None:
-        self.bars.advance(self.task)
-
-    def line(self, metrics: Mapping[str, Any]) -> None:
-        parts = [f"  round {metrics['round']:>3}"]
-        if metrics["train_loss"] is not None:
-            parts.append(f"loss {metrics['train_loss']:.3f}")
-        if metrics["validation"]:
-            parts.append(f"validation {100 * metrics['validation']['mean']:.1f} %")
-        parts.append(f"{(metrics['bytes_up'] + metrics['bytes_down']) / 1000:,.1f} kB moved")
-        if metrics["failed"]:
-            parts.append(f"failed: {', '.join(metrics['failed'])}")
-        err.print(" · ".join(parts), style="yellow" if metrics["failed"] else None)
 
 
 @app.command()
@@ -130,7 +69,7 @@ def resume(
     if federation is not None:
         from folklora.federation.flower.serve import resume as library_resume_served
 
-        with _at_work(f"go on with: folklora resume {path} --federation {federation}"), Shown() as shown:
+        with at_work(f"go on with: folklora resume {path} --federation {federation}"), Shown() as shown:
             summary = library_resume_served(
                 path, federation, shown, previous=previous, listen=listen, port=port, insecure=insecure
             )
@@ -172,7 +111,7 @@ def compare(
         document = library_compare(Recipe.read(recipe, set_ or ()), names, seeds, to, shown)
     page = write_compare_report(to)
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         out.print(rich_table(document["rows"]))
         out.print(f"report: {page}", soft_wrap=True)
@@ -202,7 +141,7 @@ def methods(
     if name is not None:
         options = describe_options(name)
         if as_json:
-            _print_json({"name": name, "options": options})
+            print_json({"name": name, "options": options})
             return
         table = Table(title=f"[method] name = {name!r}")
         for column in ("option", "allowed", "default", "what it is"):
@@ -213,7 +152,7 @@ def methods(
         return
     described = describe_methods(d_in, d_out, rank)
     if as_json:
-        _print_json(described)
+        print_json(described)
         return
     table = Table(title=f"bytes per client, round and adapted layer: {d_out} x {d_in}, rank {rank}, float32")
     for column in ("name", "method", "paper", "travels", "once", "up", "down", "mixed ranks"):
@@ -239,7 +178,7 @@ def inspect(recipe: RecipeFile, set_: Set = None, as_json: Json = False) -> None
 
     found = library_inspect(Recipe.read(recipe, set_ or ()))
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     model, method, memory = found["model"], found["method"], found["memory"]
     out.print(
@@ -305,7 +244,7 @@ def predict(
 
     answers = library_predict(path, client, text)
     if as_json:
-        _print_json(answers)
+        print_json(answers)
         return
     for answer in answers:
         out.print(f"{answer['label']}  ({100 * answer['probability']:.1f} %)  {answer['text']}")
@@ -363,7 +302,7 @@ def serve(
     """Run one recipe with the members of a federation, over the network."""
     from folklora.federation.flower.serve import serve as library_serve
 
-    with _at_work(f"go on with: folklora resume {to} --federation {federation}"), Shown() as shown:
+    with at_work(f"go on with: folklora resume {to} --federation {federation}"), Shown() as shown:
         read = Recipe.read(recipe, set_ or ())
         summary = library_serve(read, federation, to, shown, listen=listen, port=port, insecure=insecure)
     _finished(summary, to)
@@ -388,7 +327,7 @@ def join(
     """Work for a member of a federation, run after run, until Ctrl-C."""
     from folklora.federation.flower.join import join as library_join
 
-    with _at_work("what this member learnt is kept; join again with the same command"):
+    with at_work("what this member learnt is kept; join again with the same command"):
         library_join(
             federation,
             member,
@@ -411,7 +350,7 @@ def status(
 
     found = library_status(federation)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     out.print(f"server: up at {found['address']} (pid {found['pid']})" if found["up"] else "server: not up")
     if found["run"]:
@@ -424,37 +363,6 @@ def status(
         said = ["yes" if entry[key] else "no" for key in ("registered", "connected")]
         table.add_row(name, *said, entry["since"] or "", entry["seen"] or "")
     out.print(table)
-
-
-class _LogLines(logging.Handler):
-    """What the library logs, on stderr with the time of day."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        style = "yellow" if record.levelno >= logging.WARNING else None
-        # A peer's words may be among them: they forge no second line and send the terminal nothing.
-        lines = [one_line(record.getMessage())]
-        if record.exc_info:
-            lines += map(one_line, logging.Formatter().formatException(record.exc_info).splitlines())
-        err.print(f"{datetime.now():%H:%M:%S} " + "\n".join(lines), style=style, soft_wrap=True)
-
-
-@contextmanager
-def _at_work(afterwards: str) -> Iterator[None]:
-    """Show what goes on; Ctrl-C ends it with one line that says how to go on, and exit code 130."""
-    log, lines = logging.getLogger("folklora"), _LogLines()
-    log.addHandler(lines)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    except KeyboardInterrupt:
-        err.print(f"stopped; {afterwards}", soft_wrap=True)
-        raise typer.Exit(130) from None
-    finally:
-        log.removeHandler(lines)
-
-
-def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def main() -> None:

@@ -1,9 +1,16 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, that one process holds, and what the disk refuses as one line."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import safetensors
+
+from folklora.errors import FolkLoraError, RunError
 
 
 def write_whole(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o666) -> None:
@@ -47,3 +54,43 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def reported(path: Path, raised: type[FolkLoraError] = RunError, kept: str = "") -> Iterator[None]:
+    """What the disk refuses becomes one line.
+
+    Parameters
+    ----------
+    path
+        What is named where the refusal itself names no file.
+    kept
+        The end of the line.
+    """
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        where = getattr(error, "filename", None) or path
+        raise raised(f"{where}: cannot be written: {reason}{kept}") from error
+
+
+@contextmanager
+def held(lock: Path, taken: FolkLoraError, kept: str = "") -> Iterator[None]:
+    """Hold a file for this process; the system lets go of it when the process ends, however it does.
+
+    Parameters
+    ----------
+    taken
+        What is raised where another process holds it; a refusal of the disk is of the same kind.
+    kept
+        As of `reported`.
+    """
+    with reported(lock, type(taken), kept):
+        file = lock.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise taken from None
+        yield

@@ -14,7 +14,6 @@ moment has either the version before or the whole new one. What the server canno
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import secrets
 from collections.abc import Collection, Iterator
@@ -22,14 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import safetensors
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import RunError
-from folklora.federation.files import write_whole
+from folklora.federation.files import held, reported, write_whole
 from folklora.federation.orders import Digest, MemberName
 
 
@@ -97,7 +95,7 @@ class MemberFolder:
         return self._read("brief.json", Brief)
 
     def begin(self, brief: Brief) -> None:
-        with _reported(self.path):
+        with reported(self.path):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not (self.path / "secret").exists():
                 write_whole(self.path / "secret", str(secrets.randbits(63)).encode(), mode=0o600)
@@ -135,7 +133,7 @@ class MemberFolder:
 
     def save(self, version: int, tensors: Tensors, keep: Collection[int], hold: Collection[str]) -> None:
         """Make ``tensors`` that version, and what the model is now; of all others, ``keep`` and ``hold`` stay."""
-        with _reported(self.path):
+        with reported(self.path):
             kept = self._write_tensors(version, tensors)
             versions = {number: each for number, each in self.state().versions.items() if number in keep}
             self._write_state(State(versions={**versions, version: kept}, model=kept))
@@ -146,7 +144,7 @@ class MemberFolder:
 
     def stand(self, version: int, tensors: Tensors | None, reply: str | None) -> None:
         """Note what the model is now: a version, or ``tensors`` that come of it and are none, and a reply."""
-        with _reported(self.path):
+        with reported(self.path):
             state = self.state()
             model = state.versions[version] if tensors is None else self._write_tensors(version, tensors)
             after = state.model_copy(update={"model": model, "reply": reply})
@@ -166,7 +164,7 @@ class MemberFolder:
     # -- what the server said ------------------------------------------------------------------------------------
 
     def hold(self, digest: str, data: bytes) -> None:
-        with _reported(self.path):
+        with reported(self.path):
             write_whole(self.path / "parts" / digest, data)
 
     def part(self, digest: str) -> bytes | None:
@@ -201,22 +199,7 @@ def locked(home: Path) -> Iterator[None]:
     RunError
         If another process has it, or it cannot be written.
     """
-    with _reported(home):
+    with reported(home):
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (home / "lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{home}: another process works for this member") from None
+    with held(home / "lock", RunError(f"{home}: another process works for this member")):
         yield
-
-
-@contextmanager
-def _reported(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        where = getattr(error, "filename", None) or path
-        raise RunError(f"{where}: cannot be written: {reason}") from error

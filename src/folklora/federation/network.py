@@ -28,6 +28,11 @@ class Hosted:
     roster: Roster
 
 
+def of_network(recipe: Recipe) -> Recipe:
+    """The recipe as a network run has it, whatever its ``engine.kind`` says."""
+    return Recipe.parse(recipe.model_dump(), ["engine.kind=flower"])
+
+
 def begin(recipe: Recipe, out: str | Path, members: Sequence[str]) -> Hosted:
     """A new run directory for a recipe, which is then one of a network run, and these members.
 
@@ -36,7 +41,7 @@ def begin(recipe: Recipe, out: str | Path, members: Sequence[str]) -> Hosted:
     FolkLoraError
         For anything in the recipe, the server's data or the directory that cannot be; nothing is written then.
     """
-    recipe = Recipe.parse(recipe.model_dump(), ["engine.kind=flower"])
+    recipe = of_network(recipe)
     setup = server_setup(recipe, members)
     refuse_unreachable(recipe.track)
     roster = Roster.new(RunDirectory(Path(out)), setup.data.table.classes, members)

@@ -13,11 +13,11 @@ import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from folklora.errors import MessageError
 from folklora.federation.codec import LIMIT
-from folklora.recipe import describe_validation_error
+from folklora.recipe import Section, describe_validation_error
 
 Record = dict[str, Any]
 """Names with a whole number, a float, a truth value, text, bytes, or a list of whole numbers or of texts each."""
@@ -40,10 +40,8 @@ Loss = Annotated[float, Field(ge=-3e38, le=3e38)]
 """Within float32, so that the mean of any number of them is a number."""
 
 
-class _Flat(BaseModel):
+class _Flat(Section):
     """Strict types, no unknown names, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:

@@ -11,31 +11,29 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from folklora.errors import RunError
 from folklora.federation.orders import ClassName, MemberName, RunId
 from folklora.federation.rundir import RunDirectory
+from folklora.recipe import Section
 
 SPLITS = ("train", "validation", "test")
 FEDERATION = "federation.json"
 
 
-class _Sizes(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+class _Sizes(Section):
     train: int = Field(0, ge=0)
     validation: int = Field(0, ge=0)
     test: int = Field(0, ge=0)
 
 
-class _Partition(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+class _Partition(Section):
     classes: Annotated[list[ClassName], Field(min_length=2)]
     clients: Annotated[dict[MemberName, _Sizes], Field(min_length=1)]
 
 
-class _Federation(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+class _Federation(Section):
     run: RunId
     members: Annotated[list[MemberName], Field(min_length=1)]
 
@@ -96,10 +94,12 @@ class Roster:
         RunError
             If it said something else before.
         """
-        known = self.sizes.setdefault(client, list(sizes))
-        if known != list(sizes):
+        known = self.sizes.get(client)
+        if known is None:
+            self.sizes[client] = list(sizes)
+            self.directory.write("partition.json", self.partition().encode())
+        elif known != list(sizes):
             raise RunError(f"it has {list(sizes)} examples to train on, validate and test; it began with {known}")
-        self.directory.write("partition.json", self.partition().encode())
 
     def federation(self) -> str:
         """``federation.json``."""

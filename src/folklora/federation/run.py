@@ -189,7 +189,7 @@ def compare(
     for text, each in plan:  # all refusals come before any work
         _refuse_network(each)
         validate(each)
-        _refuse_another_recipe(each, out / run_name(text, each.seed))
+        refuse_another_recipe(each, out / run_name(text, each.seed))
     for _, each in plan:
         federated_data(each.data, each.seed)  # not every seed can be dealt
         if each.seed == recipe.seed:  # what a method refuses of a recipe, it refuses with every seed
@@ -215,11 +215,12 @@ def run_name(text: str, seed: int) -> str:
 def _run_or_resume(recipe: Recipe, path: Path, progress: Progress | None) -> Summary:
     if not (path / "recipe.toml").exists():
         return run(recipe, path, progress)
-    _refuse_another_recipe(recipe, path)
+    refuse_another_recipe(recipe, path)
     return resume(path, progress)
 
 
-def _refuse_another_recipe(recipe: Recipe, path: Path) -> None:
+def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
+    """Raises RunError if ``path`` holds a run, and not of this recipe."""
     if (path / "recipe.toml").exists() and RunDirectory.open(path).recipe != recipe:
         raise RunError(f"{path} holds a run of another recipe; use another --out, or remove it")
 

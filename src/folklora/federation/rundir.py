@@ -8,30 +8,31 @@ one round. The layout is described in ``docs/architecture.md``.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import RunError
-from folklora.federation.files import write_whole
+from folklora.federation.files import held, reported, write_whole
 from folklora.recipe import Recipe
 
 CURRENT, PREVIOUS, BEST = "checkpoint.json", "checkpoint-previous.json", "checkpoint-best.json"
 BEST_BEFORE = "checkpoint-best-previous.json"
 """The best round before the best: whoever steps back may step back behind it."""
 METRICS = "metrics.jsonl"
+KEPT = "; what was committed is untouched"
+_reported = partial(reported, kept=KEPT)
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,7 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for one process; a second one is refused rather than left to write over the first."""
-        with _reported(self.path):
-            lock = (self.path / "lock").open("w")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{self.path}: another process is running this run") from None
+        with held(self.path / "lock", RunError(f"{self.path}: another process is running this run"), KEPT):
             yield
 
     # -- committing a round --------------------------------------------------------------------------------------
@@ -308,14 +303,3 @@ class RunDirectory:
 def _folder(client: str) -> str:
     """A file name for any client id: unlike `quote`, it leaves no ``.`` and ``..``."""
     return quote(client, safe="").replace(".", "%2E")
-
-
-@contextmanager
-def _reported(path: Path) -> Iterator[None]:
-    """What the disk refuses becomes one line; what was committed before is untouched."""
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        where = getattr(error, "filename", None) or path
-        raise RunError(f"{where}: cannot be written: {reason}; what was committed is untouched") from error

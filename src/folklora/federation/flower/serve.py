@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from folklora.data.sources import sort_names
-from folklora.errors import FederationError, RunError
+from folklora.errors import FederationError
 from folklora.federation.files import write_whole
 from folklora.federation.flower.apps import GridCarrier, server_app
 from folklora.federation.flower.arrivals import PatientGrid
@@ -23,9 +23,9 @@ from folklora.federation.flower.gate import Gate, Limits
 from folklora.federation.flower.membership import Federation
 from folklora.federation.flower.processes import ended_by_signals, is_loopback, superlink
 from folklora.federation.flower.serving import alone, noted
-from folklora.federation.network import Hosted, begin, host, reopen
+from folklora.federation.network import Hosted, begin, host, of_network, reopen
 from folklora.federation.rounds import Progress
-from folklora.federation.run import read_summary
+from folklora.federation.run import read_summary, refuse_another_recipe
 from folklora.federation.rundir import RunDirectory
 from folklora.recipe import Recipe
 
@@ -65,8 +65,7 @@ def serve(
     """
     federation = Federation.read(folder)
     if (Path(out) / "recipe.toml").exists():
-        if RunDirectory.open(out).recipe != Recipe.parse(recipe.model_dump(), ["engine.kind=flower"]):
-            raise RunError(f"{out} holds a run of another recipe; use another --out, or remove it")
+        refuse_another_recipe(of_network(recipe), Path(out))
         return resume(out, folder, progress, listen=listen, port=port, insecure=insecure)
     members = sort_names(federation.members)
     return _run(federation, lambda: begin(recipe, out, members), progress, listen, port, insecure)

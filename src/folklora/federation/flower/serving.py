@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from folklora.errors import FederationError, FolkLoraError
-from folklora.federation.files import write_whole
+from folklora.federation.files import held, write_whole
 from folklora.federation.flower.membership import Federation
 
 log = logging.getLogger(__name__)
@@ -32,16 +31,8 @@ def alone(federation: Federation) -> Iterator[None]:
     FederationError
         Another process serves it.
     """
-    path = federation.folder / "server" / LOCK
-    try:
-        lock = path.open("w")
-    except OSError as error:
-        raise FederationError(f"{path}: cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FederationError(f"{federation.folder}: another process serves this federation") from None
+    taken = FederationError(f"{federation.folder}: another process serves this federation")
+    with held(federation.folder / "server" / LOCK, taken):
         yield
 
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from folklora.adapters.lowrank import Tensors
-from folklora.backbones.backbone import DEFAULT_TARGETS, find
 from folklora.backbones.batch import TokenIds
+from folklora.backbones.frozen import DEFAULT_TARGETS
+from folklora.backbones.loading import find
 from folklora.recipe import TrainSection
 from folklora.training.cohort import Job, Slot
 

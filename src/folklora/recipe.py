@@ -20,12 +20,16 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from folklora.errors import RecipeError
 
 EMBEDDED_NAMES = frozenset({"banking77", "minilm"})
 """What the package carries: never a path, even where a folder has the same name."""
+
+
+Form = Literal["text", "chat", "image", "caption"]
+"""What one example of a source is: a text, a chat, a picture, or a picture with its caption."""
 
 
 class Section(BaseModel):
@@ -38,14 +42,31 @@ class ModelSection(Section):
     """The frozen backbone and what it is asked to do."""
 
     name: str = Field("minilm", min_length=1, description="embedded name, folder, or hub id of a Hugging Face model")
-    task: Literal["classification"] = "classification"
+    task: Literal["classification", "causal-lm", "image-text"] = "classification"
     pooling: Literal["auto", "mean", "cls", "last"] = Field("auto", description="token states -> one feature")
+    template: str | None = Field(
+        None,
+        description='what stands around a prompt without a chat template, or around a class name; "{}" is its place',
+    )
     max_length: int = Field(128, ge=2, le=8192, description="tokens; longer texts are cut")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="training compute; evaluation is float32")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    checkpointing: bool = Field(False, description="gradient checkpointing: less memory, a second forward pass")
+    quantize: Literal["none", "bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8", "torchao-int4"] = Field(
+        "none", description="keep the backbone so in memory, by that library"
+    )
     bits: Literal[8, 4, 3, 2] | None = Field(None, description="of the frozen weights; default: as they come")
     salient: float = Field(0.1, ge=0, le=1, description="bits: share of each matrix's blocks that keeps 8")
     block: int = Field(64, ge=1, le=65535, description="bits: weights that share a scale")
+
+    @model_validator(mode="after")
+    def _template_has_a_place(self) -> ModelSection:
+        if self.template is not None and self.template.count("{}") != 1:
+            raise ValueError(f'template = {_short(self.template)}; allowed: a text with one "{{}}" in it')
+        if self.bits is not None and self.quantize != "none":
+            raise ValueError(f'bits = {self.bits} with quantize = "{self.quantize}"; allowed: one of them')
+        return self
 
 
 ClassNames = Annotated[
@@ -61,14 +82,25 @@ class DataSection(Section):
     source: str = Field("banking77", min_length=1, description="embedded name, file, or dataset folder")
     test: str | None = Field(None, description="a file with the common test set; default: the source's own, if any")
     text: str = Field("text", min_length=1)
-    label: str = Field("label", min_length=1)
+    label: str | None = Field(None, min_length=1, description='default: "label" where the task needs one')
+    prompt: str = Field("prompt", min_length=1, description="causal-lm: what is asked")
+    response: str = Field("response", min_length=1, description="causal-lm: what is learned")
+    context: str | None = Field(None, min_length=1, description="causal-lm: stands behind the prompt where not empty")
+    messages: str | None = Field(
+        None, min_length=1, description="causal-lm: a column with a chat, in place of prompt and response"
+    )
+    image: str | None = Field(None, min_length=1, description="a column (or array) with pictures")
+    caption: str | None = Field(None, min_length=1, description="image-text: a column with captions, learned as pairs")
     classes: ClassNames | None = Field(None, description="all labels there are, in order; default: those found, sorted")
     limit: int | None = Field(None, ge=2, description="use at most this many examples (stratified, seeded)")
     test_limit: int | None = Field(None, ge=2, description="likewise, of the common test set")
     clients: int = Field(10, ge=1, le=1_000_000)
     partition: Literal["iid", "dirichlet", "pathological", "natural", "shards"] = "dirichlet"
     alpha: float = Field(0.5, gt=0, description="dirichlet: concentration; small = skewed")
-    by: str | None = Field(None, description="natural: the column whose values are the clients")
+    by: str | None = Field(
+        None,
+        description="natural: the column whose values are the clients; else the column that is skewed, not the label",
+    )
     classes_per_client: int = Field(2, ge=1, description="pathological")
     shards_per_client: int = Field(2, ge=1, description="shards")
     min_examples: int = Field(10, ge=3, description="every client has at least this many examples")
@@ -106,6 +138,7 @@ class AdapterSection(Section):
     promote_share: float = Field(0.1, gt=0, le=1, description="of the clients first validated")
     alpha: float = Field(16.0, gt=0, description="scaling s = alpha / rank")
     targets: str = Field("default", min_length=1, description='"default", or a regex over module names')
+    tower: Literal["both", "image", "text"] = Field("both", description='image-text: where "default" puts adapters')
     dropout: float = Field(0.0, ge=0, lt=1)
     norm: bool = Field(False, description="also train the LayerNorms")
 
@@ -182,6 +215,21 @@ class TrainSection(Section):
         return max(1, math.floor(self.participation * clients + 0.5))
 
 
+class EvalSection(Section):
+    """What is measured once, at the end, on the test splits, beside the task's own metric."""
+
+    generate: tuple[Literal["rouge_l", "exact_match"], ...] = Field(
+        (), description="causal-lm: of answers that are generated"
+    )
+    max_new_tokens: int = Field(64, ge=1, le=8192)
+    examples: int = Field(64, ge=1, description="at most so many of a client's")
+
+    @field_validator("generate", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
 class MessageSection(Section):
     """What travels."""
 
@@ -224,10 +272,44 @@ class Recipe(Section):
     adapter: AdapterSection = AdapterSection()
     method: MethodSection = MethodSection()
     train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
     message: MessageSection = MessageSection()
     engine: EngineSection = EngineSection()
     faults: FaultsSection = FaultsSection()
     track: TrackSection = TrackSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _label_says_nothing_new(cls, document: Any) -> Any:
+        """Recipes written before ``data.label`` could be left open spell its default; they are the same recipes."""
+        if isinstance(document, dict) and isinstance(data := document.get("data"), dict):
+            model = document.get("model")
+            task = model.get("task", "classification") if isinstance(model, dict) else "classification"
+            if task == "classification" and data.get("label") == "label":
+                return {**document, "data": {key: value for key, value in data.items() if key != "label"}}
+        return document
+
+    @property
+    def form(self) -> Form:
+        """What one example is."""
+        if self.model.task == "causal-lm":
+            return "chat"
+        if self.data.caption is not None:
+            return "caption"
+        return "image" if self.data.image is not None or self.model.task == "image-text" else "text"
+
+    @model_validator(mode="after")
+    def _data_fit_the_task(self) -> Recipe:
+        task, data = self.model.task, self.data
+        if data.caption is not None and task != "image-text":
+            raise ValueError(f'data.caption with model.task = "{task}"; allowed: model.task = "image-text"')
+        if data.messages is not None and task != "causal-lm":
+            raise ValueError(f'data.messages with model.task = "{task}"; allowed: model.task = "causal-lm"')
+        if data.image is not None and task == "causal-lm":
+            raise ValueError('data.image with model.task = "causal-lm"; allowed: a text task, without data.image')
+        if self.eval.generate and task != "causal-lm":
+            raise ValueError(f'eval.generate with model.task = "{task}"; allowed: model.task = "causal-lm"')
+        return self
 
     @model_validator(mode="after")
     def _one_rank_a_client(self) -> Recipe:

@@ -15,10 +15,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import folklora.backbones.backbone as module
+import folklora.backbones.frozen as frozen_room
+import folklora.backbones.loading as module
 from folklora.adapters.layers import Bank, SiteStack
-from folklora.backbones.backbone import Backbone, find, has_native_bfloat16
+from folklora.backbones.backbone import Backbone
 from folklora.backbones.batch import Batch
+from folklora.backbones.frozen import has_native_bfloat16
+from folklora.backbones.loading import find
 from folklora.errors import BackboneError
 
 PACKED = ("bert", "roberta", "distilbert")
@@ -324,7 +327,7 @@ def test_precision_follows_the_processor_unless_it_is_named(
 ) -> None:
     folder = str(tiny_model("bert"))
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(module, "has_native_bfloat16", lambda _, native=native: native)
+        monkeypatch.setattr(frozen_room, "has_native_bfloat16", lambda _, native=native: native)
         assert Backbone.load(folder, device="cpu").dtype == dtype
         assert Backbone.load(folder, device="cpu", dtype="float32").dtype == torch.float32
 

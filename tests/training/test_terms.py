@@ -37,7 +37,7 @@ def loss_of(place: Any, job: Job, tensors: Tensors, picks: np.ndarray) -> Tensor
     stacks = {name: (tensor.T if name.startswith("B/") else tensor)[None] for name, tensor in tensors.items()}
     scale = torch.tensor([place.adapter.alpha / job.rank])
     hidden = place.task.backbone.hidden(batch, plug(place.adapter, stacks, scale, batch, torch.device("cpu")))
-    features = place.task.features(hidden, batch)
+    features = place.task.pool(hidden, batch)
     logits = features @ tensors["head/weight"].T + tensors["head/bias"]
     return nn.functional.cross_entropy(logits, torch.from_numpy(job.labels[picks]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +13,8 @@ from folklora.adapters.grouped import grouped_linear
 from folklora.adapters.lowrank import Shapes, Tensors
 from folklora.backbones.backbone import Backbone
 from folklora.backbones.batch import Batch, TokenIds
+from folklora.backbones.metric import ACCURACY, Score
+from folklora.backbones.task import Layout, Plug
 
 POOLED_BY_FIRST_TOKEN = frozenset({"roberta", "xlm-roberta", "camembert"})
 """Where `pooling = "auto"` is the first token, as in the heads their authors fine-tune with."""
@@ -33,6 +36,22 @@ class Classification:
         self.pooling = default_pooling(backbone) if pooling == "auto" else pooling
         self.max_length = min(max_length, backbone.max_length)
 
+    metric = ACCURACY
+
+    @property
+    def width(self) -> int:
+        return self.backbone.width
+
+    @property
+    def answer_width(self) -> int:
+        return self.classes
+
+    def refuse_packing(self, packed: str) -> None:
+        self.backbone.refuse_packing(packed)
+
+    def lay_out(self, groups: Sequence[Sequence[TokenIds]], packed: str = "auto", *, mixed: bool = True) -> Batch:
+        return self.backbone.batch([list(group) for group in groups], packed, mixed=mixed)
+
     def encode(self, texts: Sequence[str]) -> list[TokenIds]:
         """Token ids of each text, special tokens included, cut at ``max_length``."""
         if not texts:
@@ -44,12 +63,8 @@ class Classification:
     def head_shapes(self) -> Shapes:
         return {"head/weight": (self.classes, self.backbone.width), "head/bias": (self.classes,)}
 
-    def initial_head(self) -> Tensors:
-        """Zeros: every class equally likely. A linear head needs no symmetry broken, and zero favours nobody."""
-        return {name: torch.zeros(shape) for name, shape in self.head_shapes().items()}
-
-    def features(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Pooled states [S, d] in float32."""
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Hidden states [rows, L, d] to one vector a sequence, [S, d] float32."""
         batch = batch.to(hidden.device)
         flat = hidden.reshape(-1, hidden.shape[-1])
         if self.pooling == "cls":
@@ -66,9 +81,36 @@ class Classification:
         """``[S, d]`` by each client's head ([K, classes, d], [K, classes]) -> [S, classes]."""
         return grouped_linear(features, weight, batch.sequence_offsets) + bias[batch.sequence_clients().to(bias.device)]
 
-    def losses(self, logits: Tensor, labels: Tensor, batch: Batch) -> Tensor:
+    def losses(
+        self, layout: Batch, labels: Tensor, stacks: Tensors, plugged: Plug, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Mean cross-entropy of each client's sequences: [K]."""
-        each = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
-        owners = batch.sequence_clients().to(logits.device)
-        sums = each.new_zeros(batch.clients).index_add(0, owners, each)
-        return sums / torch.bincount(owners, minlength=batch.clients)
+        return mean_cross_entropy(self._logits(layout, stacks, plugged, dtype), labels, layout)
+
+    def answers(self, layout: Batch, stacks: Tensors, plugged: Plug) -> Tensor:
+        """Logits [S, classes]."""
+        return self._logits(layout, stacks, plugged, torch.float32)
+
+    def _logits(self, batch: Batch, stacks: Tensors, plugged: Plug, dtype: torch.dtype | None) -> Tensor:
+        features = self.pool(self.backbone.hidden(batch, plugged(batch), dtype), batch)
+        return self.logits(features, batch, stacks["head/weight"], stacks["head/bias"])
+
+    def features(self, layout: Batch) -> Tensor:
+        """Pooled states [S, d] of the frozen backbone."""
+        return self.pool(self.backbone.hidden(layout, None, torch.float32), layout)
+
+    def score(self, answers: np.ndarray, labels: np.ndarray) -> Score:
+        return accuracy(answers, labels)
+
+
+def mean_cross_entropy(logits: Tensor, labels: Tensor, layout: Layout) -> Tensor:
+    """Of each client's examples, [K], from logits [S, classes] and labels [S]."""
+    each = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
+    counts = torch.tensor(layout.sequence_offsets).diff().to(logits.device)
+    owners = torch.repeat_interleave(torch.arange(layout.clients, device=logits.device), counts)
+    return each.new_zeros(layout.clients).index_add(0, owners, each) / counts
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> Score:
+    """How many of the examples have their own label's logit highest: from [n, classes] and [n]."""
+    return Score(float((logits.argmax(1) == labels).sum()), len(labels))

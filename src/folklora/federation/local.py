@@ -8,18 +8,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
+from folklora.backbones.metric import Score
 from folklora.errors import FolkLoraError
 from folklora.federation.engine import Asked, Upload
 from folklora.federation.member import Member, SplitName
-from folklora.federation.scores import Score
+from folklora.federation.scores import common_score
 from folklora.federation.setup import Setup
 from folklora.methods.aggregation import aggregation_error
 from folklora.training.cohort import CohortTrainer, Fitted
-from folklora.training.prediction import Question, predict
+from folklora.training.evaluation import evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -83,20 +83,13 @@ class LocalEngine:
         for start in range(0, len(clients), SCORED_AT_ONCE):
             members = [self.members[client] for client in clients[start : start + SCORED_AT_ONCE]]
             questions = [member.question(split, replies.get(member.client.id)) for member in members]
-            answers = predict(self.setup.task, self.setup.method.adapter, questions)
-            for member in members:
-                client = member.client.id
-                found[client] = Score.of(answers[client], member.labels(split))
+            labels = {member.client.id: member.labels(split) for member in members}
+            found |= evaluate(self.setup.task, self.setup.method.adapter, questions, labels)
         return found
 
     def global_score(self, tensors: Tensors) -> Score | None:
         """The common model on the common test set; None if the data has none."""
-        if self.setup.data.test is None:
-            return None
-        question = Question("global", self.setup.method.adapter.rank(tensors), tensors, self.setup.test_encoded)
-        answer = predict(self.setup.task, self.setup.method.adapter, [question])["global"]
-        labels: np.ndarray = self.setup.data.test.labels
-        return Score.of(answer, labels)
+        return common_score(self.setup, tensors)
 
     def aggregation_error(self, clients: Sequence[str], replies: Mapping[str, bytes | None], mixing: Tensor) -> float:
         """See `folklora.methods.aggregation.aggregation_error`; possible here because one process sees all factors."""

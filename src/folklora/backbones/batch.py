@@ -65,7 +65,10 @@ class Batch:
         return _owners(self.sequence_offsets).to(self.tokens.device)
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "segments", "first", "last")}
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("tokens", "positions", "segments", "first", "last")
+        }
         return Batch(
             **moved, token_offsets=self.token_offsets, sequence_offsets=self.sequence_offsets, packed=self.packed
         )
@@ -73,6 +76,26 @@ class Batch:
 
 def _owners(offsets: Sequence[int]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(offsets) - 1), torch.tensor(offsets).diff())
+
+
+def repeat(batch: Batch, clients: int) -> Batch:
+    """The batch of one client once for each of K clients, in rows of their own."""
+    rows, length = batch.tokens.shape
+    numbers = torch.arange(clients)
+    segments = torch.where(
+        batch.segments >= 0, batch.segments + batch.sequences * numbers[:, None, None], batch.segments
+    )
+    shift = rows * length * numbers[:, None]
+    return Batch(
+        tokens=batch.tokens.repeat(clients, 1),
+        positions=batch.positions.repeat(clients, 1),
+        segments=segments.view(-1, length),
+        token_offsets=tuple(rows * length * k for k in range(clients + 1)),
+        sequence_offsets=tuple(batch.sequences * k for k in range(clients + 1)),
+        first=(batch.first + shift).view(-1),
+        last=(batch.last + shift).view(-1),
+        packed=batch.packed,
+    )
 
 
 ATTENTION = 512

@@ -11,6 +11,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from folklora.methods.work import Terms
 from folklora.randomness import numpy_generator, torch_generator
 from folklora.recipe import TrainSection
 from folklora.training.optimizer import build, clip_rows, schedule
+from folklora.training.prefetch import Prefetch
 from folklora.training.stacks import from_stack, plug, stack, to_stack
 from folklora.training.terms import TermRows
 
@@ -162,15 +165,16 @@ class CohortTrainer:
         count = self.slots_for(waiting)
         live = _Cohort(self, waiting[:count], rank, [job.terms for job in waiting])
         queue = iter(waiting[count:])
-        while live.slots:
-            live.step()
-            for k in reversed([k for k, slot in enumerate(live.slots) if slot.finished]):
-                yield live.take(k)
-                following = next(queue, None)
-                if following is None:
-                    live.close(k)
-                else:
-                    live.seat(k, following)
+        with live.prefetch:
+            while live.slots:
+                live.step()
+                for k in reversed([k for k, slot in enumerate(live.slots) if slot.finished]):
+                    yield live.take(k)
+                    following = next(queue, None)
+                    if following is None:
+                        live.close(k)
+                    else:
+                        live.seat(k, following)
 
 
 class _Cohort:
@@ -181,6 +185,7 @@ class _Cohort:
         self.device = trainer.backbone.device
         self.rank = rank
         self.slots = [Slot(job, trainer.train, trainer.seed) for job in jobs]
+        self.prefetch = Prefetch(self.device)
         stacks = stack([job.tensors for job in jobs], rank, self.device)
         self.trained = sorted(jobs[0].trained)
         self.shapes = {name: stacks[name].shape[1:] for name in self.trained}
@@ -199,7 +204,10 @@ class _Cohort:
         """One minibatch of every slot: forward, backward, clip, move."""
         train = self.trainer.train
         chosen = [slot.batches[slot.done] for slot in self.slots]
-        losses = self._gradients(chosen)
+        layout = self.prefetch.now(partial(self._lay_out, chosen))
+        if all(slot.done + 1 < len(slot.batches) for slot in self.slots):  # else others may be in the slots then
+            self.prefetch.ahead(partial(self._lay_out, [slot.batches[slot.done + 1] for slot in self.slots]))
+        losses = self._gradients(chosen, layout)
         rates = [slot.learning_rate(train) for slot in self.slots]
         values, grads = self.rows.values, self.rows.grads
         with torch.no_grad():
@@ -215,23 +223,26 @@ class _Cohort:
             slot.loss += loss * len(picks)
             slot.seen += len(picks)
 
-    def _gradients(self, chosen: Sequence[np.ndarray]) -> Tensor:
+    def _lay_out(self, chosen: Sequence[np.ndarray], *, mixed: bool = True) -> Any:
+        groups = [[slot.job.examples[i] for i in picks] for slot, picks in zip(self.slots, chosen, strict=True)]
+        return self.trainer.task.lay_out(groups, self.trainer.train.packed, mixed=mixed)
+
+    def _gradients(self, chosen: Sequence[np.ndarray], layout: Any) -> Tensor:
         """Each slot's loss on its minibatch, [K], and its gradient in ``rows.grads``.
 
         Where a client is not finite any more, the step is done again with no row shared between clients, so that it
         harms nobody else (see `folklora.backbones.batch.pack`).
         """
         states = [slot.dropout.get_state() for slot in self.slots] if self.trainer.adapter.dropout else []
-        losses = self._backward(chosen, mixed=True)
+        losses = self._backward(chosen, layout)
         if bool(torch.isfinite(losses).all() and torch.isfinite(self.rows.grads).all()):
             return losses
         for slot, state in zip(self.slots, states, strict=bool(states)):
             slot.dropout.set_state(state)
-        return self._backward(chosen, mixed=False)
+        return self._backward(chosen, self._lay_out(chosen, mixed=False))
 
-    def _backward(self, chosen: Sequence[np.ndarray], *, mixed: bool) -> Tensor:
+    def _backward(self, chosen: Sequence[np.ndarray], layout: Any) -> Tensor:
         task, adapter = self.trainer.task, self.trainer.adapter
-        groups = [[slot.job.examples[i] for i in picks] for slot, picks in zip(self.slots, chosen, strict=True)]
         labels = torch.from_numpy(np.concatenate([s.job.labels[p] for s, p in zip(self.slots, chosen, strict=True)]))
         stacks = {**self.frozen, **self.rows.leaves}
 
@@ -241,7 +252,6 @@ class _Cohort:
                 bank.dropout = _Dropout(adapter.dropout, batch, self.slots, bank)
             return bank
 
-        layout = task.lay_out(groups, self.trainer.train.packed, mixed=mixed)
         losses = task.losses(layout, labels, stacks, plugged)
         self.rows.grads.zero_()
         losses.sum().backward()

@@ -1,0 +1,204 @@
+"""Many clients of one causal language model: the cohort trainer against stock PEFT one client after another.
+
+    python benchmarks/causal.py [--device cuda] [--size 1B] [--clients 1,2,4,...,128] [--batch 1,8] [--lengths 64,512]
+
+The model is a Llama with random weights (speed does not depend on them) and LoRA r = 8 on query and value; every
+example has as many tokens as its cell says, half of them response. *ours* is `CohortTrainer` with K clients side by
+side; *peft* is stock PEFT with SDPA attention and fused AdamW, the backbone in the same compute type, a client at a
+time. Arms alternate in one process (ours, peft, ours, peft, ...) and a ratio is that of two neighbours. Work is counted
+as 2 x 2 x (numbers in the decoder's linear layers) x tokens, plus the language-model head on response tokens; attention
+and adapters are not counted. The peak is what ``F.linear`` reaches in that type on the same machine just before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from _common import environment, publish, spread
+from cohort import peak
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from folklora.adapters.lowrank import LowRank, Tensors, kaiming
+from folklora.backbones.causal import CausalBackbone, CausalLM, Dialogue
+from folklora.recipe import TrainSection
+from folklora.training.cohort import CohortTrainer, Job, Slot
+
+SEED, RANK, ALPHA = 0, 8, 16.0
+TARGETS = r"model\.layers\.\d+\.self_attn\.(q_proj|v_proj)"
+SIZES: dict[str, dict[str, int]] = {
+    "5M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4},
+    "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
+}
+WANTED = {"times_faster": 8.0, "fraction_of_peak": 0.5}  # on a GPU: at batch 1 x 128 tokens; at the best K
+
+
+def model(size: str, vocabulary: int, positions: int) -> LlamaForCausalLM:
+    torch.manual_seed(SEED)
+    config = LlamaConfig(**SIZES[size], vocab_size=vocabulary, max_position_embeddings=positions, use_cache=False)
+    config._attn_implementation = "sdpa"
+    return LlamaForCausalLM(config)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1", pad_token="w2")
+
+
+def make_jobs(adapter: LowRank, clients: int, steps: int, batch: int, length: int, vocabulary: int) -> list[Job]:
+    rng, generator = np.random.default_rng(SEED), torch.Generator().manual_seed(SEED)
+    jobs = []
+    for client in range(clients):
+        tensors = {
+            name: kaiming(shape, generator) if name.startswith("A/") else 0.02 * torch.randn(shape, generator=generator)
+            for name, shape in adapter.shapes(RANK).items()
+        }
+        examples = [Dialogue(rng.integers(vocabulary, size=length).tolist(), length // 2) for _ in range(steps * batch)]
+        labels = np.zeros(len(examples), dtype=np.int64)
+        jobs.append(Job(str(client), 1, RANK, tensors, frozenset(tensors), examples, labels))
+    return jobs
+
+
+class Ours:
+    def __init__(self, task: CausalLM, adapter: LowRank) -> None:
+        self.task, self.adapter = task, adapter
+
+    def fit(self, jobs: Sequence[Job], batch: int) -> dict[str, float]:
+        train = TrainSection(batch_size=batch, cohort=len(jobs))
+        trainer = CohortTrainer(self.task, self.adapter, train, SEED)
+        return {fitted.client: fitted.loss for fitted in trainer.fit(jobs)}
+
+
+class Stock:
+    """Stock PEFT, one client after another."""
+
+    def __init__(self, base: LlamaForCausalLM, device: torch.device, dtype: torch.dtype) -> None:
+        sites = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and "self_attn" in name]
+        wanted = [name for name in sites if name.endswith(("q_proj", "v_proj"))]
+        config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=wanted)
+        self.model = get_peft_model(base.to(device, dtype), config).eval()
+        self.device, self.dtype = device, dtype
+
+    def parameters(self) -> Tensors:
+        named = {}
+        for name, own in self.model.named_parameters():
+            if own.requires_grad:
+                site, _, factor = name.removeprefix("base_model.model.").removesuffix(".default.weight").rpartition(".")
+                named[f"{factor.removeprefix('lora_')}/{site}"] = own
+        return named
+
+    def fit(self, jobs: Sequence[Job], batch: int) -> dict[str, float]:
+        return {job.client: self.fit_one(job, batch) for job in jobs}
+
+    def fit_one(self, job: Job, batch: int) -> float:
+        named = self.parameters()
+        with torch.no_grad():
+            for name, own in named.items():
+                own.copy_(job.tensors[name])
+        optimizer = torch.optim.AdamW(named.values(), lr=TrainSection().lr, weight_decay=0.0, fused=True)
+        losses = []
+        for picks in Slot(job, TrainSection(batch_size=batch), SEED).batches:
+            tokens = torch.tensor([job.examples[i].tokens for i in picks], device=self.device)
+            targets = tokens.clone()
+            targets[:, : len(job.examples[0].tokens) // 2] = -100
+            loss = self.model(input_ids=tokens, labels=targets).loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(list(named.values()), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+        return statistics.fmean(losses)
+
+
+def timed(fit: Any, jobs: Sequence[Job], batch: int, device: torch.device) -> tuple[float, dict[str, float]]:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    losses = fit(jobs, batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", default="5M", choices=SIZES)
+    parser.add_argument("--clients", default="1,2,4,8,16")
+    parser.add_argument("--batch", default="1,8")
+    parser.add_argument("--lengths", default="64,128")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    counts, batches, lengths = (
+        [int(part) for part in text.split(",")] for text in (arguments.clients, arguments.batch, arguments.lengths)
+    )
+    vocabulary = 4096 if arguments.size == "5M" else 32000
+    backbone = CausalBackbone(
+        model(arguments.size, vocabulary, max(lengths)), tokenizer(), targets=TARGETS, device=device
+    )
+    dtype = backbone.dtype
+    adapter = LowRank(backbone.sites, core=False, alpha=ALPHA)
+    ours = Ours(CausalLM(backbone, max_length=max(lengths)), adapter)
+    stock = Stock(model(arguments.size, vocabulary, max(lengths)), device, dtype)
+    linear = sum(m.weight.numel() for n, m in stock.model.named_modules() if type(m) is nn.Linear and "lora" not in n)
+    head = vocabulary * SIZES[arguments.size]["hidden_size"]
+    cells = []
+    for length in lengths:
+        for batch in batches:
+            for clients in counts:
+                jobs = make_jobs(adapter, clients, arguments.steps, batch, length, vocabulary)
+                for fit in (ours.fit, stock.fit):
+                    timed(fit, jobs[: max(1, clients // 4)], batch, device)  # warm
+                seconds: dict[str, list[float]] = {"ours": [], "peft": []}
+                top, found = [], {}
+                for _ in range(arguments.repeats):
+                    top.append(peak(dtype, device, 0.2))
+                    for name, fit in (("ours", ours.fit), ("peft", stock.fit)):
+                        took, found[name] = timed(fit, jobs, batch, device)
+                        seconds[name].append(took)
+                turns = clients * arguments.steps
+                gflop = 4e-9 * batch * ((linear - head) * length + head * (length - length // 2))
+                cell = {
+                    "length": length,
+                    "batch": batch,
+                    "clients": clients,
+                    "ms_per_client_step": {n: spread([1e3 * s / turns for s in own]) for n, own in seconds.items()},
+                    "times_faster": spread([b / a for a, b in zip(seconds["ours"], seconds["peft"], strict=True)]),
+                    "fraction_of_peak": spread(
+                        [gflop * turns / s / best for s, best in zip(seconds["ours"], top, strict=True)]
+                    ),
+                    "mean_loss": {name: round(statistics.fmean(own.values()), 4) for name, own in found.items()},
+                }
+                print(cell, file=sys.stderr, flush=True)
+                cells.append(cell)
+                gc.collect()
+    publish(
+        f"causal-{device.type}",
+        {
+            "environment": environment(device, dtype),
+            "size": arguments.size,
+            "parameters": backbone.parameters,
+            "cells": cells,
+            "wanted_on_a_gpu": WANTED,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

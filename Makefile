@@ -1,4 +1,4 @@
-# make demo | test | test-long | lint | types | check | clean
+# make demo | models | test | test-long | lint | types | check | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,11 +14,22 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false 
 	FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
 	MLFLOW_DISABLE_TELEMETRY=true SE_OFFLINE=true SE_AVOID_STATS=true
 
-.PHONY: demo test test-long lint types check clean
+.PHONY: demo models test test-long lint types check clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed
 	$(BIN)/folklora compare recipes/demo.toml --methods celora,local,fedit,ffa,fedsa,sketch,folklora --seeds 1 --out runs/demo
+
+# The small checkpoints of the recipes for text generation and pictures (examples/README.md), from the raw data in DATA:
+# 50 minutes each. Interrupt it and make it again, and it goes on; what is finished stays.
+DATA ?= ../shared/data
+models: models/tiny-lm/quality.json models/tiny-clip/quality.json
+
+examples/data/heldout/fashion.npz: | $(VENV)/.installed
+	$(BIN)/python examples/prepare_data.py --data $(DATA) --to examples/data
+
+models/tiny-%/quality.json: | examples/data/heldout/fashion.npz # the last that is written
+	$(BIN)/python examples/pretrain_tiny_$*.py --to models/tiny-$*
 
 # ARGS reach pytest: make test ARGS="tests/methods -x"
 test: $(VENV)/.installed-dev

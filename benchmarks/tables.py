@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import accuracy_tables
+import task_tables
 from accuracy_tables import load, markdown
 
 from folklora.federation.traffic import describe_methods
@@ -187,6 +188,7 @@ def _seconds(seconds: float) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     **accuracy_tables.TABLES,
+    **task_tables.TABLES,
     "cohort": ("cohort", cohort),
     "engines": ("engines", engines),
     "federation": ("federation", federation),

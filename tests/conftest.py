@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,6 +130,32 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random-weight Llama that continues texts."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("speaker")
+    config = tiny_config("llama", save_tokenizer(folder))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 questions in four topics; the answer repeats the question's first word and adds the topic's own."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(160):
+        topic = i % 4
+        question = [f"w{word}" for word in rng.integers(WORDS, size=rng.integers(2, 6))]
+        rows.append({"prompt": " ".join(question), "response": f"{question[0]} w{topic}", "topic": f"topic-{topic}"})
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @pytest.fixture
 def tiny_recipe(tiny_model: Callable[[str], Path], tiny_data: Path) -> Callable[..., Any]:
     """``tiny_recipe("method.name=fedit", ...)`` -> a Recipe of four clients that runs in about a second a round."""
@@ -145,3 +172,105 @@ def tiny_recipe(tiny_model: Callable[[str], Path], tiny_data: Path) -> Callable[
         return Recipe.parse(document, overrides)
 
     return make
+
+
+def save_caption_tokenizer(folder: Path, end_last: bool) -> tuple[int, int]:
+    """A word-level tokenizer with a start and an end, as CLIP has; returns the vocabulary size and the end's id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"w{i}" for i in range(WORDS)]
+    special = ["<pad>", "<unk>", "<start>"]
+    ordered = [*special, *words, "<end>"] if end_last else [*special, "<end>", *words]
+    vocabulary = {word: i for i, word in enumerate(ordered)}
+    start, end = vocabulary["<start>"], vocabulary["<end>"]
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", start), ("<end>", end)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<start>",
+        eos_token="<end>",
+        model_input_names=["input_ids"],
+    ).save_pretrained(folder)
+    return len(vocabulary), end
+
+
+def save_seeing_model(architecture: str, folder: Path) -> None:
+    """Two layers of random weights over pictures of 12 x 12 pixels, which an image processor makes."""
+    import transformers as hf
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    sees = {"hidden_size": 32, "intermediate_size": 48, "image_size": 12, "patch_size": 6, **layers}
+    reads: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 12, **layers}
+    square = {"height": 12, "width": 12}
+    processor: Any = ViTImageProcessorPil(size=square)
+    match architecture:
+        case "clip" | "clip-old":
+            # Old configurations call the end of a text 2, and the model then looks for the highest id.
+            vocabulary, end = save_caption_tokenizer(folder, end_last=architecture == "clip-old")
+            reads |= {"vocab_size": vocabulary, "eos_token_id": 2 if architecture == "clip-old" else end}
+            config: Any = hf.CLIPConfig(text_config=reads, vision_config=sees, projection_dim=24)
+            processor = CLIPImageProcessorPil(size={"shortest_edge": 12}, crop_size=square)
+        case "siglip":
+            vocabulary, _ = save_caption_tokenizer(folder, end_last=False)
+            reads |= {"vocab_size": vocabulary, "projection_size": 32}
+            config = hf.SiglipConfig(text_config=reads, vision_config=sees)
+            processor = SiglipImageProcessorPil(size=square)
+        case "clip_vision_model":
+            config = hf.CLIPVisionConfig(**sees)
+        case "siglip_vision_model":
+            config = hf.SiglipVisionConfig(**sees)
+        case "vit":
+            config = hf.ViTConfig(**sees)
+        case "deit":
+            config = hf.DeiTConfig(**sees)
+        case "dinov2":
+            config = hf.Dinov2Config(**{**sees, "mlp_ratio": 2})
+        case _:
+            raise ValueError(architecture)
+    torch.manual_seed(0)
+    model = hf.AutoModel.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+            elif name in ("logit_scale", "logit_bias"):
+                parameter.fill_(1.5)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def seeing_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``seeing_model("clip")`` -> the folder of a small random-weight model that takes pictures."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            save_seeing_model(architecture, folder)
+            made[architecture] = folder
+        return made[architecture]
+
+    return make
+
+
+def pictures(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Noise of many shapes, [height, width, 3]."""
+    rng = np.random.default_rng(seed)
+    shapes = rng.integers(5, 40, (count, 2))
+    return [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in shapes]
+
+
+@pytest.fixture(scope="session")
+def noise() -> Callable[..., list[np.ndarray]]:
+    """``noise(5, seed=1)`` -> five pictures of different shapes."""
+    return pictures

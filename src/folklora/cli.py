@@ -36,6 +36,7 @@ Listen = Annotated[
 ]
 Port = Annotated[int | None, typer.Option(help="Port to listen on; default: the federation's")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Plain HTTP; on one machine only (loopback)")]
+Tuned = Annotated[bool, typer.Option("--tuned", help="Before the server's last reply: as its own training left it")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.lr=1e-3 (repeatable)")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there")]
 
@@ -154,7 +155,12 @@ def methods(
     if as_json:
         print_json(described)
         return
-    table = Table(title=f"bytes per client, round and adapted layer: {d_out} x {d_in}, rank {rank}, float32")
+    only_heads = ", ".join(entry["name"] for entry in described if entry["needs_head"])
+    table = Table(
+        title=f"bytes per client, round and adapted layer: {d_out} x {d_in}, rank {rank}, float32",
+        caption="Tasks without a head of their own (causal-lm, image-text): nothing of a head travels, once or in a "
+        f"round; not for them: {only_heads}.",
+    )
     for column in ("name", "method", "paper", "travels", "once", "up", "down", "mixed ranks"):
         table.add_column(column, justify="right" if column in {"up", "down"} else "left")
     for entry in described:
@@ -215,12 +221,10 @@ def export(
     path: RunFolder,
     client: Annotated[str, typer.Option(help="The client's id")],
     to: Annotated[Path, typer.Option(help="New folder")],
-    tuned: Annotated[
-        bool, typer.Option("--tuned", help="Before the server's last reply: as its own training left it")
-    ] = False,
+    tuned: Tuned = False,
 ) -> None:
     """Write one client's adapter as a stock PEFT LoRA folder, with its head."""
-    from folklora.federation.run import export as library_export
+    from folklora.federation.handover import export as library_export
     from folklora.federation.run import recipe_of
 
     out.print(f"adapter: {library_export(path, client, to, tuned=tuned)}", soft_wrap=True)
@@ -233,21 +237,42 @@ def export(
 
 
 @app.command()
+def merge(
+    path: RunFolder,
+    client: Annotated[str, typer.Option(help="The client's id")],
+    to: Annotated[Path, typer.Option(help="New folder")],
+    tuned: Tuned = False,
+) -> None:
+    """Write one client's whole model as an ordinary checkpoint: the base's weights with the adapter in them."""
+    from folklora.federation.handover import merge as library_merge
+
+    out.print(f"model: {library_merge(path, client, to, tuned=tuned)}", soft_wrap=True)
+
+
+@app.command()
 def predict(
     path: RunFolder,
-    text: Annotated[list[str], typer.Argument(help="Texts to classify", show_default=False)],
     client: Annotated[str, typer.Option(help="The client's id")],
+    text: Annotated[
+        list[str] | None, typer.Argument(help="Texts; with pictures: those to choose from", show_default=False)
+    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture's file (repeatable)")] = None,
     as_json: Json = False,
 ) -> None:
-    """Classify texts with one client's own model."""
-    from folklora.federation.run import predict as library_predict
+    """Ask one client's own model: classify texts or pictures, choose the texts that fit a picture, answer prompts."""
+    from folklora.federation.answers import predict as library_predict
 
-    answers = library_predict(path, client, text)
+    answers = library_predict(path, client, text or (), image or ())
     if as_json:
         print_json(answers)
         return
     for answer in answers:
-        out.print(f"{answer['label']}  ({100 * answer['probability']:.1f} %)  {answer['text']}")
+        asked = answer["image"] if "image" in answer else answer["text"]
+        if "answer" in answer:
+            out.print(answer["answer"], soft_wrap=True)
+        for found in answer.get("ranking", [answer] if "label" in answer else []):
+            what = found["label"] if "label" in found else found["text"]
+            out.print(f"{what}  ({100 * found['probability']:.1f} %)  {asked}", soft_wrap=True)
 
 
 @federation_app.command("init")

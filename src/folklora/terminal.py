@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from folklora.backbones.metric import ACCURACY, metric_of
 from folklora.errors import one_line
 
 # Into a file or a pipe a table is as wide as it needs to be, not as a terminal of 80 columns. No markup: names of
@@ -69,11 +70,19 @@ class Shown:
         if metrics["train_loss"] is not None:
             parts.append(f"loss {metrics['train_loss']:.3f}")
         if metrics["validation"]:
-            parts.append(f"validation {100 * metrics['validation']['mean']:.1f} %")
+            parts.append(f"validation {_score(metrics['validation'])}")
         parts.append(f"{(metrics['bytes_up'] + metrics['bytes_down']) / 1000:,.1f} kB moved")
         if metrics["failed"]:
             parts.append(f"failed: {', '.join(metrics['failed'])}")
         err.print(" · ".join(parts), style="yellow" if metrics["failed"] else None)
+
+
+def _score(validation: Mapping[str, Any]) -> str:
+    """``71.3 %`` of accuracy, else with the name: ``loss 2.345 (perplexity 10.4)``."""
+    metric = metric_of(validation)
+    others = [metric_of({"metric": name}).named(value) for name, value in validation.get("beside", {}).items()]
+    beside = f" ({', '.join(others)})" if others else ""
+    return (metric.show if metric == ACCURACY else metric.named)(validation["mean"]) + beside
 
 
 class LogLines(logging.Handler):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from folklora.data.partition import Split, from_json, histogram, partition, split, to_json
 from folklora.data.sources import Table, fingerprint
+from folklora.data.table import ONE_CLASS
 from folklora.errors import DataError
 from folklora.recipe import DataSection
 
@@ -149,6 +150,86 @@ def test_natural_clients_are_the_columns_values(caplog: pytest.LogCaptureFixture
     clients = partition(make_table([8, 8], odd), DataSection(partition="natural", by="w", min_examples=3), 0)
     assert list(clients) == sorted(set(odd))
     assert shares(clients)["é\0"] == [0, 4, 8, 12]
+
+
+# Skew by a column
+
+
+DOMAINS = [f"d{i}" for i in np.random.default_rng(0).permutation(np.repeat(np.arange(5), 100))]
+
+
+def mixed_domains(labels: int = 4) -> Table:
+    """Domains that have nothing to do with labels."""
+    values = np.random.default_rng(1).integers(0, labels, 500)
+    return Table([f"text {i}" for i in range(500)], values, tuple(f"c{i}" for i in range(labels)), DOMAINS)
+
+
+def unlabelled(groups: list[str] | None = None, count: int = 500) -> Table:
+    return Table([f"text {i}" for i in range(count)], np.zeros(count, dtype=np.int64), ONE_CLASS, groups)
+
+
+def domains(table: Table, of: Split) -> set[str]:
+    return {(table.groups or [])[i] for i in everything(of)}
+
+
+SKEWED = {
+    "dirichlet": {"partition": "dirichlet", "alpha": 0.05, "min_examples": 3},
+    "pathological": {"partition": "pathological", "classes_per_client": 2},
+    "shards": {"partition": "shards", "shards_per_client": 2},
+}
+
+
+@pytest.mark.parametrize("options", SKEWED.values(), ids=SKEWED)
+def test_a_column_is_skewed_as_a_label_would_be(options: dict) -> None:
+    # The same numbers as labels give the same clients: only who says them differs.
+    table = mixed_domains()
+    section = DataSection(clients=5, by="site", **options)
+    found = partition(table, section, 0)
+    as_labels = Table(table.inputs, np.array([int(d[1:]) for d in DOMAINS]), tuple(sorted(set(DOMAINS))), None)
+    assert shares(found) == shares(partition(as_labels, section.model_copy(update={"by": None}), 0))
+    assert shares(found) != shares(partition(table, section.model_copy(update={"by": None}), 0))
+    assert shares(partition(unlabelled(DOMAINS), section, 0)) == shares(found)
+
+
+def test_domains_differ_and_labels_do_not() -> None:
+    table = mixed_domains()
+    clients = partition(table, DataSection(clients=5, by="site", **SKEWED["pathological"]), 0)
+    for of in clients.values():
+        assert len(domains(table, of)) == 2
+        counts = histogram(table, of)
+        np.testing.assert_allclose(counts, len(of) / 4, atol=5 * np.sqrt(len(of) * 3 / 16))
+        # Within a client the parts are stratified by label, whatever the domain.
+        np.testing.assert_allclose(histogram(table, of.test), counts * len(of.test) / len(of), atol=1)
+
+
+def test_iid_does_not_look_at_the_column() -> None:
+    section = DataSection(partition="iid", clients=5, by="site")
+    assert shares(partition(mixed_domains(), section, 0)) == shares(partition(unlabelled(), section, 0))
+
+
+@pytest.mark.parametrize("options", SKEWED.values(), ids=SKEWED)
+def test_without_labels_there_is_no_label_skew(options: dict) -> None:
+    with pytest.raises(DataError) as caught:
+        partition(unlabelled(), DataSection(clients=5, **options), 0)
+    message = str(caught.value)
+    assert f'data.partition = "{options["partition"]}" skews labels, and the examples have none' in message
+    assert 'allowed: data.by or data.label, a column of the source, or partition = "iid"' in message
+
+
+def test_unlabelled_clients_by_a_column_and_by_chance() -> None:
+    table = unlabelled(DOMAINS)
+    clients = partition(table, DataSection(partition="natural", by="site"), 0)
+    assert list(clients) == sorted(set(DOMAINS))
+    assert all(domains(table, of) == {name} for name, of in clients.items())
+    assert_disjoint(partition(table, DataSection(partition="iid", clients=4), 0), 500)
+    found, classes, back = from_json(to_json(table, clients), examples=500)
+    assert (found, classes, shares(back)) == (fingerprint(table), ONE_CLASS, shares(clients))
+
+
+def test_more_values_a_client_than_the_column_has() -> None:
+    section = DataSection(partition="pathological", classes_per_client=6, by="site")
+    with pytest.raises(DataError, match=r"classes_per_client = 6; allowed: <= 5, the number of values of 'site'"):
+        partition(unlabelled(DOMAINS), section, 0)
 
 
 # Impossible settings
@@ -327,7 +408,7 @@ def one_client(**changes: object) -> dict[str, object]:
         ("{}", "fingerprint"),
         (document(fingerprint="short"), "fingerprint"),
         (document(extra=1), "extra"),
-        (document(classes=["x"]), "classes"),
+        (document(classes=["x"]), "classes: only one"),
         (document(classes=["x", "x"]), "a name occurs twice"),
         (document(clients={}), "clients"),
         (document(**one_client(test=[])), "clients: 0: test"),

@@ -65,7 +65,7 @@ def play(tmp_path: Path) -> Callable[..., Played]:
         directory = RunDirectory.create(tmp_path / f"play-{next(count)}", recipe, partition)
         made = engine(setup)
         ids = clients(list(setup.data.splits))
-        rounds = Rounds(recipe, directory, made, setup.method, ids, progress or Silent())
+        rounds = Rounds(setup, directory, made, ids, progress or Silent())
         return Played(setup, directory, made, rounds, rounds.play())
 
     return make

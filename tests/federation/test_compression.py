@@ -35,7 +35,8 @@ def section(dtype: str = "float32", top_k: float = 1.0, error_feedback: bool = F
 def method(name: str = "fedit", clients: int = 5) -> Method:
     context = Context(
         seed=0, ranks={str(i): 4 for i in range(clients)}, sites=(SITE,), alpha=4.0, dropout=0.0, classes=2, width=3,
-        norms={}, rounds=9, learning_rate=1e-2, batch_size=1, local_epochs=1, optimizer="adamw",
+        head={"head/weight": (2, 3), "head/bias": (2,)}, norms={}, rounds=9, learning_rate=1e-2,
+        batch_size=1, local_epochs=1, optimizer="adamw",
         weight=lambda site: torch.zeros(20, 24),
     )  # fmt: skip
     return build(name, {"head": "private"}, context)
@@ -304,7 +305,7 @@ def test_a_run_that_was_killed_remembers(name: str, tiny_recipe: Any, play: Play
             path = _only_sketched(recipe, whole)
         resumed = Watched(whole.setup, "damaged")
         directory = RunDirectory.open(path)
-        summary = Rounds(recipe, directory, resumed, whole.setup.method, list(whole.setup.data.splits), Silent()).play()
+        summary = Rounds(whole.setup, directory, resumed, list(whole.setup.data.splits), Silent()).play()
         assert same(memories(resumed), memories(whole.engine))
         assert all(memories(resumed).values())
         assert {k: v for k, v in summary["row"].items() if not k.startswith("seconds")} == whole.row
@@ -314,9 +315,7 @@ def _only_sketched(recipe: Recipe, whole: Any) -> Any:
     """A run that stopped before round 1: welcomes are out, nothing was trained."""
     path = whole.directory.path.with_name("sketched")
     directory = RunDirectory.create(path, recipe, (whole.directory.path / "partition.json").read_text())
-    rounds = Rounds(
-        recipe, directory, Watched(whole.setup), whole.setup.method, list(whole.setup.data.splits), Silent()
-    )
+    rounds = Rounds(whole.setup, directory, Watched(whole.setup), list(whole.setup.data.splits), Silent())
     rounds.begin()
     return path
 

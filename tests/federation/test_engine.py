@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from folklora.adapters.lowrank import Tensors
+from folklora.backbones.metric import Score
 from folklora.errors import RunError
 from folklora.federation.engine import Asked, Upload
 from folklora.federation.local import LocalEngine
 from folklora.federation.rounds import Rounds, Silent
 from folklora.federation.rundir import RunDirectory
-from folklora.federation.scores import Score
 from folklora.federation.setup import Setup
 
 Play = Callable[..., Any]
@@ -60,7 +60,7 @@ def test_when_nobody_answers_at_the_end_the_run_can_be_finished_later(tiny_recip
         play(recipe, lambda setup: Gone(setup, list("0123")))
     directory = RunDirectory.open(reference.directory.path.with_name("play-1"))
     setup = reference.setup
-    rounds = Rounds(recipe, directory, LocalEngine(setup), setup.method, list(setup.data.splits), Silent())
+    rounds = Rounds(setup, directory, LocalEngine(setup), list(setup.data.splits), Silent())
     assert rounds.play()["clients"] == reference.summary["clients"]
 
 
@@ -144,7 +144,7 @@ def test_a_welcome_is_told_again_and_counts_once(tiny_recipe: Any, play: Play) -
     assert list(welcomes) == list("0123")
     assert once == sum(map(len, welcomes.values()))
     again = Forgetful(whole.setup)
-    rounds = Rounds(recipe, whole.directory, again, whole.setup.method, list(whole.setup.data.splits), Silent())
+    rounds = Rounds(whole.setup, whole.directory, again, list(whole.setup.data.splits), Silent())
     rounds.play()
     assert again.told == [("0", welcomes["0"]), ("2", welcomes["2"])]
     assert whole.lines[0]["bytes_down"] == once

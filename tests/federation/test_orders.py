@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from folklora.backbones.metric import Score
 from folklora.errors import MessageError
 from folklora.federation.orders import QUESTIONS, Answer, Order
 
@@ -28,10 +29,16 @@ ORDERS: list[dict[str, Any]] = [
 ]  # fmt: skip
 ANSWERS: list[dict[str, Any]] = [
     {"status": "done", "loss": 0.25, "data": REPLY},
-    {"status": "done", "correct": [3, 0], "counted": [4, 9]},
+    {"status": "done", "totals": [3.0, 0.0], "units": [4, 9]},
+    {
+        "status": "done", "totals": [91.5, 12.25], "units": [40, 9], "beside": ["perplexity", "rouge_l", "perplexity"],
+        "beside_of": [0, 0, 1], "beside_values": [9.8, 0.25, 3.9],
+    },
     {"status": "done", "examples": [10, 2, 4], "backbone": DIGEST},
     {"status": "lost", "failure": "gone"},
-]
+]  # fmt: skip
+
+SCORED: dict[str, Any] = {"totals": [1.0], "units": [4]}
 
 
 @pytest.mark.parametrize("fields", ORDERS, ids=lambda fields: fields["kind"])
@@ -81,10 +88,20 @@ def test_an_order_that_cannot_be_is_refused_by_name(change: dict[str, Any], name
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"correct": [5], "counted": [4]}, "5 right answers of 4"),
-        ({"correct": [1], "counted": []}, "scores"),
-        ({"correct": [-1], "counted": [4]}, "correct"),
-        ({"counted": [2**60], "correct": [1]}, "counted"),
+        ({"totals": [1.0], "units": []}, "1 totals, 0 units"),
+        ({"totals": [-1.0], "units": [4]}, "totals"),
+        ({"totals": [float("nan")], "units": [4]}, "totals"),
+        ({"totals": [1e300], "units": [4]}, "totals"),  # a number, but its square is none
+        ({"totals": [1.0], "units": [2**60]}, "units"),
+        ({"totals": [1.0], "units": [4.0]}, "units"),
+        ({"totals": [1.0] * 9, "units": [4] * 9}, "totals"),
+        ({**SCORED, "beside": ["perplexity"]}, "belong together"),
+        ({**SCORED, "beside": ["perplexity"] * 2, "beside_of": [0, 0], "beside_values": [1.0, 2.0]}, "belong together"),
+        ({**SCORED, "beside": ["perplexity"], "beside_of": [1], "beside_values": [1.0]}, "beside_of = 1 of 1"),
+        ({**SCORED, "beside": ["a\n"], "beside_of": [0], "beside_values": [1.0]}, "beside"),
+        ({**SCORED, "beside": ["a" * 33], "beside_of": [0], "beside_values": [1.0]}, "beside"),
+        ({**SCORED, "beside": ["a"], "beside_of": [0], "beside_values": [float("inf")]}, "beside_values"),
+        ({**SCORED, "beside": ["a"] * 65, "beside_of": [0] * 65, "beside_values": [1.0] * 65}, "beside"),
         ({"loss": float("inf")}, "loss"),
         ({"loss": "1"}, "loss"),
         ({"loss": 1.7e308}, "loss"),  # a number, but the mean of two is none
@@ -99,9 +116,22 @@ def test_an_answer_that_cannot_be_is_refused_by_name(change: dict[str, Any], nam
         Answer.of({**COMMON, "status": "done", **change})
 
 
+def test_scores_cross_as_they_are() -> None:
+    """Also those whose number is no float in few digits, and where two questions have other metrics of one name."""
+    scores = [
+        Score(0.1 + 0.2, 3, {"perplexity": 1 / 3, "rouge_l": 0.0}),
+        Score(3, 7),
+        Score(3e38, 2**40, {"perplexity": 3e38}),
+    ]
+    order = Order.of({**COMMON, **ORDERS[4], "questions": ["test", "validation", "test+reply"]})
+    assert Answer.of(Answer.of_scores(order, scores).record()).scores == scores
+    assert Answer.of_scores(order, []).scores == []
+
+
 anything = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=20),
-    st.lists(st.integers(), max_size=4), st.lists(st.text(max_size=5), max_size=4), st.sampled_from(QUESTIONS),
+    st.lists(st.integers(), max_size=4), st.lists(st.text(max_size=5), max_size=4),
+    st.lists(st.floats(), max_size=4), st.sampled_from(QUESTIONS),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )  # fmt: skip
 

@@ -19,11 +19,12 @@ import torch
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import FolkLoraError, RunError
 from folklora.federation import remote
+from folklora.federation.answers import predict
 from folklora.federation.network import begin, reopen
 from folklora.federation.orders import Order
 from folklora.federation.parties import Own, for_members
 from folklora.federation.rounds import Silent
-from folklora.federation.run import client_model, predict, run
+from folklora.federation.run import client_model, run
 from folklora.federation.rundir import RunDirectory
 from folklora.methods import METHODS
 from folklora.recipe import Recipe, TrackSection
@@ -122,7 +123,7 @@ def test_what_is_carried_is_what_is_counted_whoever_fails(
         changes: dict[str, dict[str, Any]] = {
             "no answer": {"loss": "x"},
             "failed": {"status": "failed", "failure": "no"},
-            "wrong counts": {"counted": [10**6], "correct": [1]} if order.kind == "score" else {},
+            "wrong counts": {"units": [10**6], "totals": [1.0]} if order.kind == "score" else {},
         }
         return [*arrives, *[{**answer, **changes.get(fate, {})}] * (2 if fate == "twice" else 1)]
 
@@ -233,15 +234,15 @@ def test_a_server_that_steps_back_goes_on_with_other_members(
     tiny_recipe: Callable[..., Any], federated: Callable[..., Any]
 ) -> None:
     """Round 3 was the best; played again without member 3 it is not, and the best is the one before."""
-    right = {1: 1, 2: 0, 3: 2}
+    right = {1: 1.0, 2: 0.0, 3: 2.0}
 
     def tamper(order: Order, answer: dict[str, Any]) -> list[dict[str, Any]]:
-        return [{**answer, "correct": [right[order.round]]} if order.questions == ["validation+reply"] else answer]
+        return [{**answer, "totals": [right[order.round]]} if order.questions == ["validation+reply"] else answer]
 
     settings = ["method.name=fedit", "data.limit=80", "train.patience=5", "train.rounds=3", "engine.wait=0"]
     fed = federated(tiny_recipe(*settings), tamper=tamper)
     assert fed.play()["row"]["rounds"] == 3
-    right[3] = 0
+    right[3] = 0.0
     fed.carrier.away.add("3")
     summary = fed.resume(previous=True)
     assert summary["row"]["rounds"] == 1
@@ -440,7 +441,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "another member": ({"client": "0"}, "another's"),
     "a path for a member": ({"client": "../../etc"}, "client"),
     "an order that nobody gave": ({"number": 3}, "nobody gave"),
-    "negative counts": ({"counted": [-1], "correct": [0]}, "counted"),
+    "negative counts": ({"units": [-1], "totals": [0.0]}, "units"),
     "a status of its own": ({"status": "root"}, "status"),
 }
 
@@ -477,10 +478,10 @@ def test_a_sketch_that_cannot_be_fails_its_sender_once(
 @pytest.mark.parametrize(
     "scores",
     [
-        {"correct": [10**6], "counted": [10**6]},
-        {"correct": [5], "counted": [4]},
-        {"correct": [], "counted": []},
-        {"correct": [1, 1], "counted": [1, 1]},
+        {"totals": [1e6], "units": [10**6]},
+        {"totals": [5.0], "units": [4]},
+        {"totals": [], "units": []},
+        {"totals": [1.0, 1.0], "units": [1, 1]},
     ],
 )
 def test_scores_that_cannot_be_are_left_out(

@@ -10,6 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ import pytest
 import torch
 
 from folklora.adapters.lowrank import Tensors
+from folklora.backbones.metric import ACCURACY, Score
 from folklora.federation.codec import decode, encode
 from folklora.federation.engine import Asked, Upload
 from folklora.federation.local import LocalEngine
 from folklora.federation.rounds import Rounds, Silent
 from folklora.federation.rundir import RunDirectory
-from folklora.federation.scores import Score, summarise
+from folklora.federation.scores import summarise
 from folklora.federation.setup import Setup
 from folklora.methods import METHODS as ALL
 from folklora.methods.base import Message
@@ -34,7 +36,8 @@ Play = Callable[..., Any]
 def loop(*overrides: str, clients: Sequence[str] = tuple("0123456789")) -> Rounds:
     """A round loop that only answers who takes part."""
     recipe = Recipe.parse({"data": {"clients": len(clients)}}, overrides)
-    return Rounds(recipe, None, None, None, clients, Silent())  # type: ignore[arg-type]
+    setup: Any = SimpleNamespace(recipe=recipe, method=None, task=SimpleNamespace(metric=ACCURACY))
+    return Rounds(setup, None, None, clients, Silent())  # type: ignore[arg-type]
 
 
 def models(engine: LocalEngine) -> dict[str, Tensors]:
@@ -209,7 +212,7 @@ def test_a_client_that_failed_is_resumed_as_it_was(name: str, what: str, tiny_re
         play(recipe, engine, progress=Interrupting())
     directory = RunDirectory.open(whole.directory.path.with_name("play-1"))
     resumed = engine(whole.setup)
-    rounds = Rounds(recipe, directory, resumed, whole.setup.method, list(whole.setup.data.splits), Silent())
+    rounds = Rounds(whole.setup, directory, resumed, list(whole.setup.data.splits), Silent())
     summary = rounds.play()
     assert_same(models(resumed), models(whole.engine))
     assert without_seconds(summary["row"]) == whole.row
@@ -367,14 +370,14 @@ def test_zero_rounds_evaluate_what_was_there(tiny_recipe: Any, play: Play) -> No
 
 def test_the_spread_over_clients() -> None:
     scores = {str(i): Score(i, 20) for i in range(20)} | {"big": Score(500, 500)}
-    found = summarise(scores)
+    found = summarise(scores, ACCURACY)
     accuracies = [i / 20 for i in range(20)] + [1.0]
     assert found["mean"] == pytest.approx(np.mean(accuracies))
     assert found["std"] == pytest.approx(np.std(accuracies))
     assert found["worst_tenth"] == pytest.approx((0 + 1 / 20) / 2)  # two of 21
     assert found["weighted"] == pytest.approx((sum(range(20)) + 500) / 900)
     assert found["clients"]["7"] == pytest.approx(7 / 20)
-    assert summarise({"a": Score(1, 4)})["worst_tenth"] == 0.25
+    assert summarise({"a": Score(1, 4)}, ACCURACY)["worst_tenth"] == 0.25
 
 
 # -- nothing but the recipe decides ------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from folklora.backbones.metric import Score
 from folklora.federation.codec import decode
 from folklora.federation.engine import Asked, Upload
 from folklora.federation.inspect import inspect
 from folklora.federation.local import LocalEngine
-from folklora.federation.scores import Score
 from folklora.federation.setup import Setup
 from folklora.quantization import BLOCK
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from folklora.adapters.lowrank import Site, Tensors
+from folklora.adapters.lowrank import Shapes, Site, Tensors
 from folklora.federation.codec import decode, encode
 from folklora.federation.rounds import Silent
 from folklora.federation.run import resume, run
@@ -25,30 +25,33 @@ from folklora.randomness import derive, torch_generator
 
 SITES = (Site("layer.0.query", 10, 12), Site("layer.1.value", 8, 7))
 CLASSES, WIDTH, ALPHA = 4, 6, 6.0
+HEAD: Shapes = {"head/weight": (CLASSES, WIDTH), "head/bias": (CLASSES,)}
 IDS = ("ann", "bob", "cid", "dot", "eve")
 
 
 @dataclass
 class Features:
-    """A client's features and labels by split."""
+    """A client's features and labels by split; and under which heads it was asked for gradients."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
     gradients: Tensors = field(default_factory=dict)
+    asked: list[Tensors] = field(default_factory=list)
 
     def features(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
         return self.train if split == "train" else self.validation
 
     def weight_gradients(self, head: Tensors, examples: int) -> Tensors:
+        self.asked.append(head)
         return self.gradients
 
 
-def made_up(client: str, count: int, seed: int) -> Features:
+def made_up(client: str, count: int, seed: int, classes: int = CLASSES) -> Features:
     """Classes around common centres, a label distribution and a shift of the client's own."""
     centres = 2 * torch.randn(CLASSES, WIDTH, generator=torch_generator(seed, "centres"))
     random = torch_generator(seed, "features", client)
     shift = 0.5 * torch.randn(WIDTH, generator=random)
-    odds = torch.rand(CLASSES, generator=random) + 0.1
+    odds = torch.rand(CLASSES, generator=random)[:classes] + 0.1
 
     def draw(n: int) -> tuple[Tensor, Tensor]:
         labels = torch.multinomial(odds, n, replacement=True, generator=random)
@@ -198,6 +201,7 @@ def context() -> Callable[..., Context]:
             "dropout": 0.0,
             "classes": CLASSES,
             "width": WIDTH,
+            "head": HEAD,
             "norms": {"norm/ln.weight": torch.ones(5), "norm/ln.bias": torch.zeros(5)},
             "rounds": 3,
             "learning_rate": 1e-2,
@@ -213,7 +217,10 @@ def context() -> Callable[..., Context]:
 
 @pytest.fixture
 def federation(context: Callable[..., Context]) -> Callable[..., Federation]:
-    """``federation("celora", {"basis": "frozen"}, ranks=(3, 3))`` -> clients that have not said a word yet."""
+    """``federation("celora", {"basis": "frozen"}, ranks=(3, 3))`` -> clients that have not said a word yet.
+
+    ``headless``: of a task without a head of its own and without labels.
+    """
 
     def make(
         name: str,
@@ -222,13 +229,14 @@ def federation(context: Callable[..., Context]) -> Callable[..., Federation]:
         *,
         examples: Sequence[int] = (30, 12, 18, 24, 9),
         data: Mapping[str, Features] | None = None,
+        headless: bool = False,
         **other: Any,
     ) -> Federation:
-        made = context(ranks, **other)
+        made = context(ranks, **{"classes": 1, "head": {}, **other} if headless else other)
         method = build(name, dict(options or {}), made)
         clients = {}
         for client, count in zip(made.clients, examples, strict=False):
-            own = data[client] if data else made_up(client, count, 3)
+            own = data[client] if data else made_up(client, count, 3, made.classes)
             secret = derive(11, "secret", client)
             clients[client] = Client(client, made.ranks[client], len(own.train[1]), method.initial(client), own, secret)
         return Federation(method, clients)

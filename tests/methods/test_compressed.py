@@ -83,11 +83,14 @@ def ranks(name: str) -> tuple[int, ...]:
     return (2, 5, 3) if name in MIXED else (3, 3, 3)
 
 
+@pytest.mark.parametrize("headless", [False, True])
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("name", METHODS)
-def test_it_runs(federation: Callable[..., Any], name: str, wire: str) -> None:
+def test_it_runs(federation: Callable[..., Any], name: str, wire: str, headless: bool) -> None:
+    if headless and METHODS[name].needs_head:
+        return
     section = MessageSection.model_validate(WIRES[wire])
-    made = Compressed(federation(name, ranks=ranks(name)), section).begin()
+    made = Compressed(federation(name, ranks=ranks(name), headless=headless), section).begin()
     everyone = list(made.fed.clients)
     for round, who in ((1, everyone), (2, everyone[:2]), (3, everyone)):
         if round <= made.method.rounds():
@@ -124,7 +127,7 @@ def test_fresh_factors_continue_nothing(federation: Callable[..., Any]) -> None:
     assert {name.partition("/")[0] for name in made.uplinks["bob"].memory} == {"head", "norm"}
 
 
-@pytest.mark.parametrize("head", [None, "shared"])
+@pytest.mark.parametrize("head", [None, "shared", "none"])
 @pytest.mark.parametrize("name", METHODS)
 def test_differences_without_loss_are_the_method_itself(
     federation: Callable[..., Any], name: str, head: str | None
@@ -132,12 +135,12 @@ def test_differences_without_loss_are_the_method_itself(
     """float32 with feedback: all that is lost is rounding, so the server ends where it would have ended."""
     if name == "sketch" and head:
         return
-    options = {"head": head, "head_start": "sketched"} if head else {}
+    options = {"head": head, "head_start": "sketched"} if head == "shared" else {}
     options |= {"bits": 64.0, "block": 1} if name == "haflq" else {}  # what it sends without loss
     states = []
     for error_feedback in (False, True):
         section = MessageSection(error_feedback=error_feedback)
-        made = Compressed(federation(name, options, ranks=ranks(name)), section).begin()
+        made = Compressed(federation(name, options, ranks=ranks(name), headless=head == "none"), section).begin()
         for round, who in ((1, list(made.fed.clients)), (2, ["ann", "cid"]), (3, list(made.fed.clients))):
             if round <= made.method.rounds():
                 made.round(round, who)

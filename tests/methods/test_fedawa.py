@@ -305,6 +305,7 @@ def test_what_clients_get_is_the_mean_by_the_weights_it_says(
         dropout=0.0,
         classes=3,
         width=4,
+        head={"head/weight": (3, 4), "head/bias": (3,)},
         norms={},
         rounds=2,
         learning_rate=1e-3,

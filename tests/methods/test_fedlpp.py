@@ -130,8 +130,8 @@ def test_the_server_forgets_nothing_that_it_does_not_send(
     """Clients that did not move leave S as it is, however coarse D."""
     context = Context(
         seed=0, ranks={"a": rank, "b": rank}, sites=(Site("x", d_in, d_out),), alpha=1.0, dropout=0.0, classes=3,
-        width=4, norms={}, rounds=2, learning_rate=1e-2, batch_size=1, local_epochs=1, optimizer="adamw",
-        weight=lambda site: torch.zeros(d_out, d_in),
+        width=4, head={"head/weight": (3, 4), "head/bias": (3,)}, norms={}, rounds=2, learning_rate=1e-2,
+        batch_size=1, local_epochs=1, optimizer="adamw", weight=lambda site: torch.zeros(d_out, d_in),
     )  # fmt: skip
     method = build("fedlpp", {"bits": bits, "block": block}, context)
     plain = build("fedit", {}, context).initial("a")
@@ -177,10 +177,9 @@ def test_whose_quality_a_summary_tells(tiny_recipe: Any, tmp_path: Any) -> None:
     setup = prepare(recipe)
     engine = LocalEngine(setup)
     rounds = Rounds(
-        recipe,
+        setup,
         RunDirectory.create(tmp_path / "run", recipe, "{}"),
         engine,
-        setup.method,
         list(setup.data.splits),
         Silent(),
     )

@@ -319,6 +319,7 @@ def test_any_shape_rank_scale_and_weights(data: st.DataObject) -> None:
         dropout=0.0,
         classes=2,
         width=3,
+        head={"head/weight": (2, 3), "head/bias": (2,)},
         norms={},
         rounds=1,
         learning_rate=1e-3,

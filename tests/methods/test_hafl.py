@@ -289,7 +289,7 @@ def play(recipe: Any, folder: Path, *, tamper: bool = False) -> tuple[Rounds, Wa
     setup = prepare(recipe)
     directory = RunDirectory.create(folder, recipe, to_json(setup.data.table, setup.data.splits))
     engine = Watching(setup, tamper)
-    rounds = Rounds(recipe, directory, engine, setup.method, list(setup.data.splits), Silent())
+    rounds = Rounds(setup, directory, engine, list(setup.data.splits), Silent())
     rounds.play()
     return rounds, engine
 

@@ -92,6 +92,7 @@ def test_never_farther_from_what_was_meant_than_fedit(
         dropout=0.0,
         classes=2,
         width=3,
+        head={"head/weight": (2, 3), "head/bias": (2,)},
         norms={},
         rounds=1,
         learning_rate=1e-3,

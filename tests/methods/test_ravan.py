@@ -391,6 +391,7 @@ def test_any_heads_ranks_budgets_and_weights(data: st.DataObject) -> None:
         dropout=0.0,
         classes=2,
         width=3,
+        head={"head/weight": (2, 3), "head/bias": (2,)},
         norms={},
         rounds=2,
         learning_rate=1e-3,

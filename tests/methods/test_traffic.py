@@ -107,7 +107,7 @@ def test_what_is_said_in_words() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head", [None, "shared", "private"])
+@pytest.mark.parametrize("head", [None, "shared", "private", "none"])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_forecast_of_a_round_is_what_real_messages_weigh(
     federation: Callable[..., Any], name: str, head: str | None, dtype: str
@@ -116,7 +116,8 @@ def test_the_forecast_of_a_round_is_what_real_messages_weigh(
     if name == "sketch" and head is not None:
         return
     ranks = (2, 5, 3) if METHODS[name].mixed_ranks else (3, 3, 3)
-    fed = federation(name, {} if head is None else {"head": head, "head_start": "zero"}, ranks=ranks).begin()
+    options = {} if head in {None, "none"} else {"head": head, "head_start": "zero"}
+    fed = federation(name, options, ranks=ranks, headless=head == "none").begin()
     silent = name in {"local", "sketch"} and head != "shared"
     for client, weighed in fed.weigh(dtype).items():
         assert per_round(fed.method, client, dtype) == weighed

@@ -14,12 +14,13 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from folklora.report.figures import RUN_PICTURES, client_accuracy, validation_accuracy
+from folklora.backbones.metric import ACCURACY
+from folklora.report.figures import RUN_PICTURES, client_scores, validation
 from folklora.report.figures_compare import (
-    COMPARE_PICTURES,
-    accuracy_per_byte,
-    accuracy_per_round,
+    compare_pictures,
     curve,
+    score_per_byte,
+    score_per_round,
     sent_per_client,
 )
 from folklora.report.heatmaps import partition, similarity, sizes
@@ -44,7 +45,7 @@ def test_every_picture_of_a_run_is_drawn(ten_clients: Path) -> None:
 
 
 def test_every_picture_of_a_comparison_is_drawn(comparison: tuple[Path, list[dict[str, Any]]]) -> None:
-    for picture in COMPARE_PICTURES:
+    for picture in compare_pictures(ACCURACY):
         assert drawn((comparison[0] / "figures" / f"{picture.name}.png").read_bytes()), picture.name
 
 
@@ -82,7 +83,7 @@ def test_a_run_that_stopped_early_keeps_its_last_values(tmp_path: Path, write_ru
 
 def test_what_sends_nothing_is_a_level_line(comparison: tuple[Path, list[dict[str, Any]]]) -> None:
     read = read_comparison(comparison[0])
-    figure = accuracy_per_byte(read)
+    figure = score_per_byte(read)
     assert figure is not None
     ax = figure.axes[0]
     each = curve([run for run in read.runs if run.method == "local"])
@@ -100,7 +101,7 @@ def test_what_sends_nothing_is_a_level_line(comparison: tuple[Path, list[dict[st
 
 def test_only_methods_that_send_nothing(tmp_path: Path, write_comparison: WriteComparison) -> None:
     write_comparison(tmp_path, ["local"], 1, clients="abc", classes=3, rounds=2)
-    figure = accuracy_per_byte(read_comparison(tmp_path))
+    figure = score_per_byte(read_comparison(tmp_path))
     assert figure is not None
     assert drawn(png(figure, "light"))
 
@@ -125,7 +126,7 @@ def test_without_counts_the_sizes_are_shown(tmp_path: Path, write_run: WriteRun)
 def test_a_hundred_clients_and_a_hundred_and_fifty_classes(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "run", clients=[f"phone-{i}" for i in range(100)], classes=150, rounds=80)
     run = read_run(tmp_path / "run")
-    for draw in (partition, similarity, client_accuracy):
+    for draw in (partition, similarity, client_scores):
         figure = draw(run)
         assert figure is not None
         assert drawn(png(figure, "light"))
@@ -133,7 +134,7 @@ def test_a_hundred_clients_and_a_hundred_and_fifty_classes(tmp_path: Path, write
 
 def test_rounds_without_validation_are_passed_over(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "run", rounds=7, every=3, clients="abc", classes=3)
-    figure = validation_accuracy(read_run(tmp_path / "run"))
+    figure = validation(read_run(tmp_path / "run"))
     assert figure is not None
     assert np.array_equal(figure.axes[0].lines[0].get_xdata(), [3, 6])
 
@@ -175,7 +176,7 @@ def test_long_variants_differ_in_a_picture() -> None:
 
 def test_labels_of_many_methods_stay_inside_the_picture(tmp_path: Path, write_comparison: WriteComparison) -> None:
     write_comparison(tmp_path, [f"method-{i}" for i in range(14)], 1, clients="ab", classes=2, rounds=3, insight=False)
-    for draw in (accuracy_per_byte, accuracy_per_round):
+    for draw in (score_per_byte, score_per_round):
         figure = draw(read_comparison(tmp_path))
         assert figure is not None
         with drawing("light"):
@@ -204,7 +205,7 @@ def test_labels_are_spread_no_further_than_needed() -> None:
 def test_a_picture_is_the_same_each_time(ten_clients: Path) -> None:
     run = read_run(ten_clients)
     with drawing("light"):
-        one, two = client_accuracy(run), client_accuracy(run)
+        one, two = client_scores(run), client_scores(run)
     assert one is not None
     assert two is not None
     assert png(one, "light") == png(two, "light")

@@ -6,8 +6,8 @@ stacked factors of K clients and which rows belong to whom. An empty bank leaves
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,20 @@ class SiteStack:
         return y if self.base is None else y + grouped_linear(x, self.base.to(x.dtype), offsets)
 
 
+class Dropout(Protocol):
+    """Where the masks of LoRA's dropout come from."""
+
+    def __call__(self, site: str, width: int) -> Tensor | None:
+        """The scaled keep-mask [T, d_in] of the next site, or None."""
+        ...
+
+    def state(self) -> Any:
+        """What `restore` takes to give the masks from here on once more (gradient checkpointing)."""
+        ...
+
+    def restore(self, state: Any) -> None: ...
+
+
 @dataclass
 class Bank:
     """What is plugged into a backbone for the current batch.
@@ -61,14 +75,14 @@ class Bank:
     token_clients
         [T], the client (stack index) of each token of the flattened batch.
     dropout
-        Called with a site's name and width, gives the scaled keep-mask [T, d_in] or None.
+        Of what the adapters see; none by default.
     """
 
     sites: dict[str, SiteStack]
     norms: dict[str, tuple[Tensor, Tensor]]
     offsets: Offsets
     token_clients: Tensor
-    dropout: Callable[[str, int], Tensor | None] | None = None
+    dropout: Dropout | None = None
 
 
 class Socket:

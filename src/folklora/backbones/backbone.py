@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from folklora.adapters.layers import Bank
+from folklora.backbones import lowbit
 from folklora.backbones.batch import Batch, TokenIds, pack, pad
 from folklora.backbones.frozen import Frozen
-from folklora.backbones.loading import device_of, pretrained, tokenizer_of
+from folklora.backbones.loading import device_of, refuse_other_kind, tokenizer_of
 from folklora.backbones.quantize import WeightBits
 from folklora.errors import BackboneError
 
@@ -78,6 +79,7 @@ class Backbone(Frozen):
         device: str = "auto",
         dtype: str = "auto",
         weight_bits: WeightBits | None = None,
+        quantize: str = "none",
     ) -> Backbone:
         """Load a backbone by embedded name, folder or hub id.
 
@@ -89,8 +91,9 @@ class Backbone(Frozen):
         from transformers import AutoModel
 
         chosen = device_of(device)
+        refuse_other_kind(name, "text")
         # Hugging Face fills what a file lacks with random numbers: harmless for the pooler, which is dropped.
-        model = pretrained(name, AutoModel, unused="pooler.")
+        model = lowbit.pretrained(name, AutoModel, quantize, chosen, unused="pooler.")
         tokenizer = tokenizer_of(name)
         return cls(
             model,

@@ -1,8 +1,12 @@
-"""The task "one label for one text": tokens in, pooled features, a linear head a client, cross-entropy, accuracy."""
+"""The task "one label for one text": tokens in, pooled features, a linear head a client, cross-entropy, accuracy.
+
+What it shares with pictures (`folklora.backbones.vision`) is the class `LinearHead`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +20,9 @@ from folklora.backbones.batch import Batch, TokenIds
 from folklora.backbones.metric import ACCURACY, Score
 from folklora.backbones.task import Layout, Plug
 
+if TYPE_CHECKING:
+    from folklora.backbones.vision import VisionBackbone
+
 POOLED_BY_FIRST_TOKEN = frozenset({"roberta", "xlm-roberta", "camembert"})
 """Where `pooling = "auto"` is the first token, as in the heads their authors fine-tune with."""
 
@@ -27,16 +34,17 @@ def default_pooling(backbone: Backbone) -> str:
     return "cls" if backbone.model_type in POOLED_BY_FIRST_TOKEN else "mean"
 
 
-class Classification:
-    """What a batch, a feature, a loss and a prediction are when texts have one of ``classes`` labels."""
+class LinearHead:
+    """One of ``classes`` labels for each sequence: pooled states, a linear head a client, cross-entropy, accuracy."""
 
-    def __init__(self, backbone: Backbone, classes: int, *, pooling: str = "auto", max_length: int = 128) -> None:
-        self.backbone = backbone
-        self.classes = classes
-        self.pooling = default_pooling(backbone) if pooling == "auto" else pooling
-        self.max_length = min(max_length, backbone.max_length)
+    backbone: Backbone | VisionBackbone
 
     metric = ACCURACY
+
+    def __init__(self, backbone: Backbone | VisionBackbone, classes: int, pooling: str) -> None:
+        self.backbone = backbone
+        self.classes = classes
+        self.pooling = pooling
 
     @property
     def width(self) -> int:
@@ -49,16 +57,9 @@ class Classification:
     def refuse_packing(self, packed: str) -> None:
         self.backbone.refuse_packing(packed)
 
-    def lay_out(self, groups: Sequence[Sequence[TokenIds]], packed: str = "auto", *, mixed: bool = True) -> Batch:
-        return self.backbone.batch([list(group) for group in groups], packed, mixed=mixed)
-
-    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Token ids of each text, special tokens included, cut at ``max_length``."""
-        if not texts:
-            return []
-        encoded = self.backbone.tokenizer(list(texts), truncation=True, max_length=self.max_length)
-        fallback = [self.backbone.pad_token]  # a tokenizer without special tokens may give an empty sequence
-        return [ids or fallback for ids in encoded["input_ids"]]
+    def lay_out(self, groups: Sequence[Sequence[Any]], packed: str = "auto", *, mixed: bool = True) -> Batch:
+        batch: Batch = self.backbone.batch([list(group) for group in groups], packed, mixed=mixed)
+        return batch
 
     def head_shapes(self) -> Shapes:
         return {"head/weight": (self.classes, self.backbone.width), "head/bias": (self.classes,)}
@@ -71,11 +72,7 @@ class Classification:
             return flat[batch.first].float()
         if self.pooling == "last":
             return flat[batch.last].float()
-        segments = batch.segments.reshape(-1)
-        tokens = (segments >= 0).nonzero().squeeze(1)
-        sums = flat.new_zeros(batch.sequences, flat.shape[1], dtype=torch.float32)
-        sums = sums.index_add(0, segments[tokens], flat[tokens].float())
-        return sums / torch.bincount(segments[tokens], minlength=batch.sequences)[:, None]
+        return mean_pooled(hidden, batch)
 
     def logits(self, features: Tensor, batch: Batch, weight: Tensor, bias: Tensor) -> Tensor:
         """``[S, d]`` by each client's head ([K, classes, d], [K, classes]) -> [S, classes]."""
@@ -91,16 +88,43 @@ class Classification:
         """Logits [S, classes]."""
         return self._logits(layout, stacks, plugged, torch.float32)
 
-    def _logits(self, batch: Batch, stacks: Tensors, plugged: Plug, dtype: torch.dtype | None) -> Tensor:
+    def _logits(self, batch: Any, stacks: Tensors, plugged: Plug, dtype: torch.dtype | None) -> Tensor:
         features = self.pool(self.backbone.hidden(batch, plugged(batch), dtype), batch)
         return self.logits(features, batch, stacks["head/weight"], stacks["head/bias"])
 
-    def features(self, layout: Batch) -> Tensor:
+    def features(self, layout: Any) -> Tensor:
         """Pooled states [S, d] of the frozen backbone."""
         return self.pool(self.backbone.hidden(layout, None, torch.float32), layout)
 
     def score(self, answers: np.ndarray, labels: np.ndarray) -> Score:
         return accuracy(answers, labels)
+
+
+class Classification(LinearHead):
+    """One label for each text; see `LinearHead`."""
+
+    backbone: Backbone
+
+    def __init__(self, backbone: Backbone, classes: int, *, pooling: str = "auto", max_length: int = 128) -> None:
+        super().__init__(backbone, classes, default_pooling(backbone) if pooling == "auto" else pooling)
+        self.max_length = min(max_length, backbone.max_length)
+
+    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
+        """Token ids of each text, special tokens included, cut at ``max_length``."""
+        if not texts:
+            return []
+        encoded = self.backbone.tokenizer(list(texts), truncation=True, max_length=self.max_length)
+        fallback = [self.backbone.pad_token]  # a tokenizer without special tokens may give an empty sequence
+        return [ids or fallback for ids in encoded["input_ids"]]
+
+
+def mean_pooled(hidden: Tensor, batch: Batch) -> Tensor:
+    """Hidden states [rows, L, d] to the mean of each sequence's, [S, d] float32."""
+    flat, segments = hidden.reshape(-1, hidden.shape[-1]), batch.segments.to(hidden.device).reshape(-1)
+    tokens = (segments >= 0).nonzero().squeeze(1)
+    sums = flat.new_zeros(batch.sequences, flat.shape[1], dtype=torch.float32)
+    sums = sums.index_add(0, segments[tokens], flat[tokens].float())
+    return sums / torch.bincount(segments[tokens], minlength=batch.sequences)[:, None]
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor, layout: Layout) -> Tensor:

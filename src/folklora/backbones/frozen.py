@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from folklora.adapters.layers import AdaptedLinear, AdaptedNorm, Bank, Socket
 from folklora.adapters.lowrank import Site
+from folklora.backbones import lowbit
+from folklora.backbones.checkpointing import install
 from folklora.backbones.quantize import WeightBits, quantize_weights, stored_bytes
 from folklora.errors import BackboneError
 
@@ -70,7 +72,7 @@ class Frozen:
     parameters
         How many numbers it consists of.
     stored
-        Bytes that a device would keep of it: float32, or as coarse as ``weight_bits`` made it.
+        Bytes that a device would keep of it: float32, as coarse as ``weight_bits`` made it, or as a library keeps it.
     """
 
     def __init__(
@@ -87,8 +89,12 @@ class Frozen:
         self.device = torch.device(device)
         self.dtype = dtype or (torch.bfloat16 if has_native_bfloat16(self.device) else torch.float32)
         self.model_type = str(self.config.model_type)
-        model.requires_grad_(False).eval().to(self.device, torch.float32)
-        self.stored = 4 * sum(p.numel() for p in model.parameters())
+        model.requires_grad_(False).eval()
+        if lowbit.is_low(model):
+            self.stored = lowbit.stored(model)
+        else:
+            model.to(self.device, torch.float32)
+            self.stored = 4 * sum(p.numel() for p in model.parameters())
         if weight_bits is not None:
             quantize_weights(model, weight_bits)
             self.stored = stored_bytes(model, weight_bits)
@@ -111,7 +117,7 @@ class Frozen:
         BackboneError
             If it is no regex, or matches no linear layer.
         """
-        return choose_targets(_adaptable(model), targets, self.model_type)
+        return choose_targets(adaptable(model), targets, self.model_type)
 
     def norm_layers(self, model: nn.Module) -> list[str]:
         """Names of the LayerNorms that can be each client's own."""
@@ -126,6 +132,40 @@ class Frozen:
         finally:
             self._socket.bank = None
 
+    def checkpoint(self) -> None:
+        """Compute every layer anew in the backward pass, rather than keep what it computed; results are the same.
+
+        Raises
+        ------
+        BackboneError
+            If the architecture has no layers that can.
+        """
+        install(self._models[torch.float32], self._socket)
+
+    def attend(self, how: str) -> None:
+        """Compute attention as "eager" or "sdpa", or as suits the kind of backbone ("auto").
+
+        Raises
+        ------
+        BackboneError
+            If the architecture cannot.
+        """
+        model: Any = self._models[torch.float32]
+        wanted = self.attention(model) if how == "auto" else how
+        if model.config._attn_implementation == wanted:
+            return
+        try:
+            model.set_attn_implementation(wanted)
+            taken = model.config._attn_implementation == wanted
+        except ValueError:
+            taken = False
+        if not taken:
+            raise BackboneError(f'model.attention = "{how}": {self.model_type} cannot; allowed: "auto" or "eager"')
+
+    def attention(self, model: Any) -> str:
+        """What "auto" means: an encoder's short texts gain nothing from fused kernels."""
+        return "eager"
+
     def tokens_digest(self) -> bytes:
         """What tells apart the ways in which inputs become tokens; part of `digest`."""
         return b""
@@ -134,17 +174,23 @@ class Frozen:
     def digest(self) -> str:
         """SHA-256, hexadecimal, of what must be equal wherever messages mean the same: weights, vocabulary, tokens."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self._models[torch.float32].state_dict().items()):
+        for name, tensor in sorted(lowbit.plain_tensors(self._models[torch.float32])):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         digest.update(self.tokens_digest())
         return digest.hexdigest()
 
     def weight(self, site: str) -> Tensor:
         """The frozen weight of an adapted layer, [d_out, d_in] float32 on the CPU."""
         layer: Any = self._models[torch.float32].get_submodule(site).base
-        weight: Tensor = layer.weight.detach().float().cpu()
+        weight = lowbit.weight(layer).detach().float().cpu()
         return weight if isinstance(layer, nn.Linear) else weight.T  # GPT-2's Conv1D keeps [d_in, d_out]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the adapted layers keep [d_in, d_out], as GPT-2's Conv1D does."""
+        layers: Any = self._models[torch.float32]
+        return any(type(layers.get_submodule(site.name).base).__name__ == "Conv1D" for site in self.sites)
 
     def _model(self, dtype: torch.dtype) -> nn.Module:
         if dtype not in self._models:
@@ -153,7 +199,8 @@ class Frozen:
             model = copy.deepcopy(self._models[torch.float32], memo)
             # Not `model.to(dtype)`: rotary frequencies are buffers, and rounding them would bend a decoder's positions.
             for parameter in model.parameters():
-                parameter.data = parameter.data.to(dtype)
+                if parameter.is_floating_point():  # a library's bits are none
+                    parameter.data = parameter.data.to(dtype)
             self._models[dtype] = model
         return self._models[dtype]
 
@@ -165,7 +212,8 @@ def _dimensions(layer: Any) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _adaptable(model: nn.Module) -> list[str]:
+def adaptable(model: nn.Module) -> list[str]:
+    """Names of a model's linear layers, in its order."""
     return [
         name
         for name, module in model.named_modules()

@@ -96,6 +96,8 @@ def pretrained(name: str, auto: Any, *, unused: str = "", attention: str = "eage
             f'model.name = "{name}": the weights lack {len(missing)} tensors of a {model.config.model_type}, '
             f"such as {missing[0]}"
         )
+    if unused and any(key.startswith(unused) for key in loading["missing_keys"]):
+        setattr(model, unused.rstrip("."), None)  # random numbers are no part of a model
     return model
 
 
@@ -123,6 +125,13 @@ def image_processor_of(name: str) -> Any:
         ) from None
 
 
+def config_of(name: str) -> Any:
+    """A model's configuration, without its weights; raises as `pretrained`."""
+    from transformers import AutoConfig
+
+    return _tried(name, lambda where: AutoConfig.from_pretrained(where, trust_remote_code=False))
+
+
 Kind = Literal["text", "image", "image-text"]
 
 
@@ -134,13 +143,11 @@ def refuse_other_kind(name: str, wanted: Kind) -> None:
     BackboneError
         If that is not what is ``wanted``, or there is no configuration.
     """
-    from transformers import AutoConfig
-
-    config = _tried(name, lambda where: AutoConfig.from_pretrained(where, trust_remote_code=False))
+    config = config_of(name)
     kind: Kind = "text"
     if hasattr(config, "text_config") and hasattr(config, "vision_config"):
         kind = "image-text"
-    elif hasattr(config, "image_size") and hasattr(config, "patch_size"):
+    elif hasattr(config, "image_size") or hasattr(config, "num_channels"):
         kind = "image"
     if kind != wanted:
         raise BackboneError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from folklora.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class Metric:
         """The value as results show it, with its unit."""
         return self.number(value) + self.unit
 
+    def named(self, value: float) -> str:
+        """``loss 2.345``."""
+        return f"{self.words} {self.show(value)}"
+
 
 ACCURACY = Metric("accuracy", higher=True, percent=True)
 LOSS = Metric("loss", higher=False, percent=False)
@@ -64,6 +70,27 @@ def metric_of(document: Mapping[str, Any]) -> Metric:
     """What a result says that it is judged by; accuracy where it says nothing, as when there was no other."""
     name = document.get("metric", ACCURACY.name)
     return KNOWN.get(name) or Metric(name, higher=bool(document.get("higher", True)), percent=False)
+
+
+def same_metric(judged: Iterable[tuple[str, Metric]], where: str = "") -> Metric:
+    """The one metric that all of these runs, by name, are judged by; accuracy where there are none.
+
+    Raises
+    ------
+    RunError
+        If there are several: their numbers have no order.
+    """
+    first: dict[Metric, str] = {}
+    for name, metric in judged:
+        first.setdefault(metric, name)
+    if len(first) > 1:
+        told = " and ".join(f"{name} by {metric.name}" for metric, name in first.items())
+        raise RunError(f"{where}{told}: runs that are judged differently cannot be compared; allowed: one metric")
+    return next(iter(first), ACCURACY)
+
+
+MOST = 3e38
+"""No number in a score is larger: sums and squares of any number of them are numbers still, and JSON can hold them."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from folklora.backbones.backbone import Backbone
 from folklora.backbones.classification import Classification
 from folklora.backbones.quantize import WeightBits
 from folklora.backbones.task import Task
+from folklora.errors import BackboneError
 from folklora.recipe import AdapterSection, Form, ModelSection
 
 
@@ -34,12 +35,16 @@ def build_task(model: ModelSection, adapter: AdapterSection, form: Form, classes
         "device": model.device,
         "dtype": model.dtype,
         "weight_bits": None if model.bits is None else WeightBits(model.bits, model.salient, model.block),
+        "attention": model.attention,
+        "checkpointing": model.checkpointing,
     }
+    if model.quantize != "none" and (model.task == "image-text" or form == "image"):
+        raise BackboneError(f'model.quantize = "{model.quantize}": only models of texts are; allowed here: "none"')
     if model.task == "causal-lm":
         from folklora.backbones.causal import CausalBackbone, CausalLM
 
         return CausalLM(
-            _loaded(CausalBackbone, model.name, **common),
+            _loaded(CausalBackbone, model.name, quantize=model.quantize, **common),
             len(classes),
             max_length=model.max_length,
             template=model.template,
@@ -53,13 +58,17 @@ def build_task(model: ModelSection, adapter: AdapterSection, form: Form, classes
         from folklora.backbones.vision import ImageClassification, VisionBackbone
 
         return ImageClassification(_loaded(VisionBackbone, model.name, **common), len(classes), pooling=model.pooling)
-    backbone = _loaded(Backbone, model.name, **common)
+    backbone = _loaded(Backbone, model.name, quantize=model.quantize, **common)
     return Classification(backbone, len(classes), pooling=model.pooling, max_length=model.max_length)
 
 
 @lru_cache(maxsize=2)
-def _loaded(kind: Any, name: str, **arguments: Any) -> Any:
-    return kind.load(name, **arguments)
+def _loaded(kind: Any, name: str, *, attention: str, checkpointing: bool, **arguments: Any) -> Any:
+    backbone = kind.load(name, **arguments)
+    backbone.attend(attention)
+    if checkpointing:
+        backbone.checkpoint()
+    return backbone
 
 
 def forget() -> None:

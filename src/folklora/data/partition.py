@@ -3,7 +3,8 @@
 The sharing is done by flwr-datasets' partitioners over an in-memory index, so the schemes mean what they mean there:
 ``iid``; ``dirichlet`` label skew (arXiv:1905.12022, without self-balancing); ``pathological``, a fixed number of
 classes a client (arXiv:2102.02079); ``shards`` of label-sorted examples (arXiv:1602.05629); ``natural``, by the values
-of a column.
+of a column. Where ``data.by`` names a column, the three in the middle take its values for classes: clients differ in
+domain, not in label.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from folklora.data.sources import Table, fingerprint, sort_names
+from folklora.data.table import ONE_CLASS, Table, fingerprint, sort_names
 from folklora.errors import DataError
 from folklora.randomness import derive, numpy_generator
 from folklora.recipe import DataSection
@@ -51,8 +52,9 @@ def partition(table: Table, section: DataSection, seed: int) -> dict[str, Split]
     Ids are ``"0"``, ``"1"``, ... or, for ``natural``, the column's values in the order of `sort_names`. What remains
     in nobody's hands is logged as a warning: under ``natural`` the examples of clients with fewer than
     ``data.min_examples``, which are dropped (``data.clients`` has no meaning there); under ``pathological`` the classes
-    that no client was given; under ``shards`` fewer than ``clients * shards_per_client`` examples, drawn at random, so
-    that all shards are equal.
+    (or values of ``data.by``) that no client was given; under ``shards`` fewer than ``clients * shards_per_client``
+    examples, drawn at random, so that all shards are equal. Whatever clients differ in, each client's own split is
+    stratified by label.
 
     Raises
     ------
@@ -139,17 +141,18 @@ def _natural(table: Table, section: DataSection) -> dict[str, np.ndarray]:
 def _synthetic(table: Table, section: DataSection, seed: int) -> dict[str, np.ndarray]:
     from flwr_datasets.partitioner import IidPartitioner
 
-    count, least, classes = section.clients, section.min_examples, len(table.classes)
+    count, least = section.clients, section.min_examples
     if count * least > len(table):
         raise DataError(
             f"data.clients = {count} with data.min_examples = {least} needs {count * least} examples, the source has "
             f"{len(table)}; allowed: clients <= {len(table) // least}, a smaller min_examples (>= 3), or more data"
         )
+    skewed, values = _skewed(table, section)
     # The partitioners cut contiguous pieces, of the source or of a class in it. Shuffled, its order cannot matter; and
     # with classes renumbered, which of them meet in a client is not decided by the alphabet.
     rng = numpy_generator(seed, "partition")
     order = rng.permutation(len(table))
-    columns = {"index": order, "label": rng.permutation(classes)[table.labels[order]]}
+    columns = {"index": order, "label": rng.permutation(values)[skewed[order]]}
     library_seed = derive(seed, "partition")
 
     if section.partition == "iid":
@@ -164,6 +167,19 @@ def _synthetic(table: Table, section: DataSection, seed: int) -> dict[str, np.nd
     if unused:
         log.warning('partition = "%s" leaves %d of %d examples unused', section.partition, unused, len(table))
     return {str(client): share for client, share in enumerate(shares)}
+
+
+def _skewed(table: Table, section: DataSection) -> tuple[np.ndarray, int]:
+    """What clients are to differ in, ``[n]`` numbers, and how many there are: values of ``data.by``, else classes."""
+    if section.by is not None and table.groups is not None:
+        names = {name: i for i, name in enumerate(sort_names(table.groups))}
+        return np.array([names[name] for name in table.groups]), len(names)
+    if table.classes == ONE_CLASS and section.partition != "iid":
+        raise DataError(
+            f'data.partition = "{section.partition}" skews labels, and the examples have none; allowed: data.by or '
+            'data.label, a column of the source, or partition = "iid"'
+        )
+    return table.labels, len(table.classes)
 
 
 def _dirichlet(section: DataSection, columns: dict[str, np.ndarray], seed: int) -> list[np.ndarray]:
@@ -186,7 +202,8 @@ def _pathological(section: DataSection, columns: dict[str, np.ndarray], seed: in
 
     per_client, classes = section.classes_per_client, len(np.unique(columns["label"]))
     if per_client > classes:
-        raise DataError(f"data.classes_per_client = {per_client}; allowed: <= {classes}, the number of classes")
+        values = "the number of classes" if section.by is None else f"the number of values of {section.by!r}"
+        raise DataError(f"data.classes_per_client = {per_client}; allowed: <= {classes}, {values}")
     # Every class finds a client if there are as many clients as classes, which "random" does not promise.
     partitioner = PathologicalPartitioner(
         section.clients, "label", per_client, class_assignment_mode="first-deterministic", shuffle=False, seed=seed
@@ -256,7 +273,7 @@ class _Parts(BaseModel):
 class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    classes: Annotated[list[str], Field(min_length=2)]
+    classes: Annotated[list[str], Field(min_length=1)]  # one where examples have no labels
     clients: Annotated[dict[str, _Parts], Field(min_length=1)]
     counts: dict[str, list[Annotated[int, Field(ge=0)]]]
 
@@ -293,6 +310,8 @@ def from_json(text: str, examples: int | None = None) -> tuple[str, tuple[str, .
         raise DataError(f"partition.json:{where} {first['msg']}; allowed: what `partition` wrote") from None
     if len(set(document.classes)) < len(document.classes):
         raise DataError("partition.json: classes: a name occurs twice; allowed: each once")
+    if len(document.classes) < 2 and tuple(document.classes) != ONE_CLASS:
+        raise DataError(f"partition.json: classes: only one; allowed: two or more, or {ONE_CLASS[0]!r} without labels")
     clients = {}
     seen: dict[int, str] = {}
     for client, parts in document.clients.items():

@@ -10,8 +10,8 @@ from typing import Protocol
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
+from folklora.backbones.metric import Score
 from folklora.federation.member import SplitName
-from folklora.federation.scores import Score
 
 
 @dataclass(frozen=True)

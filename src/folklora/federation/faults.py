@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
+from folklora.backbones.metric import Score
 from folklora.federation.engine import Asked, Engine, Upload
-from folklora.federation.scores import Score
 from folklora.randomness import derive
 from folklora.recipe import Recipe
 

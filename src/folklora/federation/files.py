@@ -1,9 +1,11 @@
-"""Files that are there whole or not at all, that one process holds, and what the disk refuses as one line."""
+"""Files and folders that are there whole or not at all, that one process holds, and what the disk refuses as one line.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,9 +49,34 @@ def write_whole(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o
         raise
 
 
-def _sync(folder: Path) -> None:
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder, written beside its place and moved there when all of it is on the disk.
+
+    Raises
+    ------
+    RunError
+        If there is something already, or the disk refuses; nothing is left behind then.
+    """
+    if os.path.lexists(path):
+        raise RunError(f"{path} already exists; nothing was overwritten")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with reported(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in (*temporary.rglob("*"), temporary):
+                _sync(file)
+            temporary.rename(path)
+            _sync(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _sync(path: Path) -> None:
     """A name is on the disk only when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -15,7 +15,7 @@ from folklora.backbones.metric import Score
 from folklora.errors import FolkLoraError
 from folklora.federation.engine import Asked, Upload
 from folklora.federation.member import Member, SplitName
-from folklora.federation.scores import common_score
+from folklora.federation.scores import common_score, written_for
 from folklora.federation.setup import Setup
 from folklora.methods.aggregation import aggregation_error
 from folklora.training.cohort import CohortTrainer, Fitted
@@ -74,17 +74,20 @@ class LocalEngine:
             self.members[client].accepted()
 
     def scores(self, clients: Sequence[str], questions: Sequence[Asked]) -> list[dict[str, Score]]:
-        return [self._scores(clients, split, replies) for split, replies in questions]
+        written = written_for([split for split, _ in questions])
+        return [self._scores(clients, *question, written=i == written) for i, question in enumerate(questions)]
 
     def _scores(
-        self, clients: Sequence[str], split: SplitName, replies: Mapping[str, bytes | None]
+        self, clients: Sequence[str], split: SplitName, replies: Mapping[str, bytes | None], *, written: bool
     ) -> dict[str, Score]:
+        task, adapter, section = self.setup.task, self.setup.method.adapter, self.setup.recipe.eval
         found: dict[str, Score] = {}
         for start in range(0, len(clients), SCORED_AT_ONCE):
             members = [self.members[client] for client in clients[start : start + SCORED_AT_ONCE]]
             questions = [member.question(split, replies.get(member.client.id)) for member in members]
             labels = {member.client.id: member.labels(split) for member in members}
-            found |= evaluate(self.setup.task, self.setup.method.adapter, questions, labels)
+            chats = {member.client.id: member.inputs(split) for member in members} if written else None
+            found |= evaluate(task, adapter, questions, labels, generate=section, chats=chats)
         return found
 
     def global_score(self, tensors: Tensors) -> Score | None:

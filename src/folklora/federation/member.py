@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -179,6 +179,10 @@ class Member:
 
     def labels(self, split: SplitName) -> np.ndarray:
         return self.setup.data.table.labels[self.data.indices(split)]
+
+    def inputs(self, split: SplitName) -> list[Any]:
+        """The examples of a split as the source has them."""
+        return [self.setup.data.table.inputs[i] for i in self.data.indices(split)]
 
     # -- its record in the run directory -------------------------------------------------------------------------
 

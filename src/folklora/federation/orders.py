@@ -10,17 +10,18 @@ over a network is nothing but numbers and text until `Order.of` or `Answer.of` h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from folklora.backbones.metric import MOST, Score
 from folklora.errors import MessageError
 from folklora.federation.codec import LIMIT
 from folklora.recipe import Section, describe_validation_error
 
 Record = dict[str, Any]
-"""Names with a whole number, a float, a truth value, text, bytes, or a list of whole numbers or of texts each."""
+"""Names with a whole number, a float, a truth value, text, bytes, or a list of numbers or of texts each."""
 
 MEMBER = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a member may be called: it becomes a folder's name on either side."""
@@ -36,8 +37,9 @@ MemberName = Annotated[str, Field(pattern=MEMBER)]
 ClassName = Annotated[str, Field(min_length=1, max_length=1000)]
 Payload = Annotated[bytes, Field(max_length=LIMIT)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
-Loss = Annotated[float, Field(ge=-3e38, le=3e38)]
-"""Within float32, so that the mean of any number of them is a number."""
+Loss = Annotated[float, Field(ge=-MOST, le=MOST)]
+Total = Annotated[float, Field(ge=0, le=MOST)]
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 
 
 class _Flat(Section):
@@ -101,7 +103,7 @@ class Order(_Flat):
     questions: list[Literal[QUESTIONS]] = Field(default=[], max_length=8)  # type: ignore[valid-type]
     recipe: str | None = Field(None, max_length=1 << 20)
     clients: list[MemberName] | None = Field(None, max_length=100_000)
-    classes: list[ClassName] | None = Field(None, min_length=2, max_length=100_000)
+    classes: list[ClassName] | None = Field(None, min_length=1, max_length=100_000)
     backbone: Digest | None = None
 
     @model_validator(mode="after")
@@ -138,8 +140,10 @@ class Answer(_Flat):
         Why, in one line, where it is not done.
     data, loss
         Of a sketch, a training: what travels (nothing, if None), and the training loss.
-    correct, counted
-        Of a score order: right answers and examples, one a question.
+    totals, units
+        Of a score order, one a question: see `folklora.backbones.metric.Score`.
+    beside, beside_of, beside_values
+        Other metrics of these scores: the name, the place of the question among the order's, the mean.
     examples, backbone
         Of a hello: examples in train, validation and test; SHA-256 of the backbone.
     """
@@ -152,21 +156,48 @@ class Answer(_Flat):
     failure: str = Field("", max_length=1000)
     data: Payload | None = None
     loss: Loss | None = None
-    correct: list[Count] = Field(default=[], max_length=8)
-    counted: list[Count] = Field(default=[], max_length=8)
+    totals: list[Total] = Field(default=[], max_length=8)
+    units: list[Count] = Field(default=[], max_length=8)
+    beside: list[MetricName] = Field(default=[], max_length=64)
+    beside_of: list[Count] = Field(default=[], max_length=64)
+    beside_values: list[Total] = Field(default=[], max_length=64)
     examples: list[Count] | None = Field(None, min_length=3, max_length=3)
     backbone: Digest | None = None
 
     @model_validator(mode="after")
     def _adds_up(self) -> Answer:
-        if len(self.correct) != len(self.counted):
-            raise ValueError(f"{len(self.correct)} scores of {len(self.counted)} splits; allowed: one each")
-        for correct, counted in zip(self.correct, self.counted, strict=True):
-            if correct > counted:
-                raise ValueError(f"{correct} right answers of {counted}; allowed: at most as many")
+        if len(self.totals) != len(self.units):
+            raise ValueError(f"{len(self.totals)} totals, {len(self.units)} units; allowed: one each a score")
+        named = list(zip(self.beside_of, self.beside, strict=False))
+        if not len(self.beside) == len(self.beside_of) == len(self.beside_values) == len(set(named)):
+            raise ValueError("beside, beside_of and beside_values do not belong together; allowed: one each a metric")
+        if any(place >= len(self.totals) for place in self.beside_of):
+            raise ValueError(f"beside_of = {max(self.beside_of)} of {len(self.totals)} scores; allowed: less")
         if self.status != "done" and not self.failure:
             raise ValueError(f"status = {self.status!r} without a reason; allowed: one line in `failure`")
         return self
+
+    @property
+    def scores(self) -> list[Score]:
+        """One a question."""
+        beside: list[dict[str, float]] = [{} for _ in self.totals]
+        for name, place, value in zip(self.beside, self.beside_of, self.beside_values, strict=True):
+            beside[place][name] = value
+        return [Score(*each) for each in zip(self.totals, self.units, beside, strict=True)]
+
+    @classmethod
+    def of_scores(cls, order: Order, scores: Sequence[Score]) -> Answer:
+        """The answer to a score order: one score a question."""
+        beside = [(name, place, value) for place, score in enumerate(scores) for name, value in score.beside.items()]
+        names, places, values = zip(*beside, strict=True) if beside else ((), (), ())
+        return cls.to(
+            order,
+            totals=[score.total for score in scores],
+            units=[score.units for score in scores],
+            beside=list(names),
+            beside_of=list(places),
+            beside_values=list(values),
+        )
 
     @classmethod
     def to(cls, order: Order, status: str = "done", failure: str = "", **found: Any) -> Answer:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from folklora.data.partition import Split, split
-from folklora.data.sources import Table, load, load_test
+from folklora.data.sources import agreed_classes, load, load_test
+from folklora.data.table import Table
 from folklora.errors import BackboneError, DataError, RecipeError
 from folklora.federation.setup import (
     FederatedData,
@@ -68,11 +69,12 @@ def server_setup(recipe: Recipe, clients: Sequence[str]) -> Setup:
     validate(recipe)
     refuse_too_few(recipe, len(clients))
     ranks = client_ranks(recipe, list(clients))
-    if recipe.data.classes is None:
-        table, test = load(recipe.data.model_copy(update={"by": None}), recipe.seed)
+    classes = agreed_classes(recipe.data, recipe.form)
+    if classes is None:
+        table, test = load(recipe.data.model_copy(update={"by": None}), recipe.seed, recipe.form)
         classes = table.classes
     else:
-        classes, test = recipe.data.classes, load_test(recipe.data, recipe.seed)
+        test = load_test(recipe.data, recipe.seed, recipe.form)
     return _setup(recipe, ranks, _no_rows(classes), dict.fromkeys(clients, _NOTHING), test)
 
 

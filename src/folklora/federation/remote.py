@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
+from folklora.backbones.metric import Score
 from folklora.errors import FolkLoraError, MessageError, RunError
 from folklora.federation.engine import Asked, Upload
 from folklora.federation.notes import Note
@@ -30,7 +31,7 @@ from folklora.federation.orders import Answer, Order
 from folklora.federation.parties import for_members
 from folklora.federation.roster import SPLITS, Roster
 from folklora.federation.rundir import Checkpoint, RunDirectory
-from folklora.federation.scores import Score, common_score
+from folklora.federation.scores import check_score, common_score
 from folklora.federation.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -225,12 +226,17 @@ class RemoteEngine:
     def _scores(self, order: Order, answer: Answer) -> dict[str, Score]:
         """What a member says its models do; nothing, if that cannot be."""
         sizes = dict(zip(SPLITS, self.roster.sizes[order.client], strict=True))
-        expected = [sizes[question.removesuffix("+reply")] for question in order.questions]
-        if answer.counted != expected:
-            log.warning("member %s: scores of %s examples; allowed: %s", order.client, answer.counted, expected)
+        length = self.setup.recipe.model.max_length
+        scores = answer.scores
+        try:
+            if len(scores) != len(order.questions):
+                raise MessageError(f"{len(scores)} scores; allowed: one for each of {len(order.questions)} questions")
+            for question, score in zip(order.questions, scores, strict=True):
+                check_score(score, self.setup.task.metric, sizes[question.removesuffix("+reply")], length)
+        except MessageError as error:
+            log.warning("member %s: %s", order.client, error)
             return {}
-        numbers = zip(order.questions, answer.correct, answer.counted, strict=True)
-        return {question: Score(correct, counted) for question, correct, counted in numbers}
+        return dict(zip(order.questions, scores, strict=True))
 
     def global_score(self, tensors: Tensors) -> Score | None:
         return common_score(self.setup, tensors)

@@ -13,17 +13,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from folklora.backbones.metric import Score
 from folklora.data.sources import fingerprint
 from folklora.errors import FolkLoraError, MessageError, MethodError, RecipeError, RunError
 from folklora.federation.folder import Brief, MemberFolder
 from folklora.federation.member import Member
 from folklora.federation.orders import Answer, Order, Record
 from folklora.federation.parties import Own, member_setup
-from folklora.federation.scores import Score
+from folklora.federation.scores import bounded, written_for
 from folklora.federation.setup import Setup
 from folklora.recipe import Recipe
 from folklora.training.cohort import CohortTrainer
-from folklora.training.prediction import predict
+from folklora.training.evaluation import evaluate
 
 log = logging.getLogger(__name__)
 
@@ -193,21 +194,25 @@ class Resident:
             self.version = None  # what is taken in here is for this order alone
             member.settle(self._part(order, "welcome"))
         reply = None if order.reply is None else self._part(order, "reply")
-        scores = [self._one_score(member, question, reply) for question in order.questions]
+        written = written_for([question.removesuffix("+reply") for question in order.questions])
+        scores = [self._one_score(member, q, reply, written=i == written) for i, q in enumerate(order.questions)]
         folder = self._folder(order.run)
         is_version = order.welcome is None and order.base in folder.state().versions
         folder.stand(order.base, None if is_version else member.record(), order.reply)
-        shown = ", ".join(f"{q}: {s.correct} of {s.examples}" for q, s in zip(order.questions, scores, strict=True))
-        log.info("%s: %s", _what(order), shown)
-        return Answer.to(order, correct=[s.correct for s in scores], counted=[s.examples for s in scores])
+        metric = member.setup.task.metric
+        shown = (f"{q} {metric.named(score.value)}" for q, score in zip(order.questions, scores, strict=True))
+        log.info("%s: %s", _what(order), ", ".join(shown))
+        return Answer.of_scores(order, scores)
 
-    def _one_score(self, member: Member, question: str, reply: bytes | None) -> Score:
+    def _one_score(self, member: Member, question: str, reply: bytes | None, *, written: bool) -> Score:
         split: Any = question.removesuffix("+reply")
         if question != split and reply is None:
             raise Refused(f"the question {question!r} comes without a reply")
         asked = member.question(split, reply if question != split else None)
-        answers = predict(member.setup.task, member.method.adapter, [asked])
-        return Score.of(answers[self.client], member.labels(split))
+        labels = {self.client: member.labels(split)}
+        chats = {self.client: member.inputs(split)} if written else None
+        task, adapter, section = member.setup.task, member.method.adapter, member.setup.recipe.eval
+        return bounded(evaluate(task, adapter, [asked], labels, generate=section, chats=chats)[self.client])
 
     # -- private state -------------------------------------------------------------------------------------------
 

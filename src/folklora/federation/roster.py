@@ -29,7 +29,7 @@ class _Sizes(Section):
 
 
 class _Partition(Section):
-    classes: Annotated[list[ClassName], Field(min_length=2)]
+    classes: Annotated[list[ClassName], Field(min_length=1)]
     clients: Annotated[dict[MemberName, _Sizes], Field(min_length=1)]
 
 

@@ -9,17 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from folklora.adapters.lowrank import Tensors
+from folklora.backbones.metric import Score
 from folklora.errors import FolkLoraError, MessageError, RunError
 from folklora.federation.codec import decode, encode
 from folklora.federation.compression import Compression
 from folklora.federation.engine import Asked, Engine
 from folklora.federation.ledger import Ledger, round_to
 from folklora.federation.rundir import Checkpoint, RunDirectory
-from folklora.federation.scores import Score, summarise
+from folklora.federation.scores import bounded, summarise
+from folklora.federation.setup import Setup
 from folklora.federation.summary import Final, summary
-from folklora.methods.base import Message, Method, State
+from folklora.methods.base import Message, State
 from folklora.randomness import derive
-from folklora.recipe import Recipe
 
 SKETCH_NAMES = 1 << 16
 """Bytes of a sketch beside its numbers: names, shapes, scales."""
@@ -47,21 +48,16 @@ class Rounds:
     """Runs a method over an engine, committing every round to the run directory; starts where the directory stands."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        run: RunDirectory,
-        engine: Engine,
-        method: Method,
-        clients: Sequence[str],
-        progress: Progress,
+        self, setup: Setup, run: RunDirectory, engine: Engine, clients: Sequence[str], progress: Progress
     ) -> None:
-        self.recipe = recipe
+        self.recipe = setup.recipe
+        self.method = setup.method
+        self.metric = setup.task.metric
         self.run = run
         self.engine = engine
-        self.method = method
-        self.compression = Compression(recipe.message, method)
+        self.compression = Compression(self.recipe.message, self.method)
         self.clients = list(clients)
-        self.needed = max(1, recipe.engine.min_clients)
+        self.needed = max(1, self.recipe.engine.min_clients)
         self.progress = progress
         self.state: State = {}
         self.delivered: dict[str, str] = {}  # client -> which reply it has
@@ -199,7 +195,8 @@ class Rounds:
         if took_part and (round % self.recipe.train.evaluate_every == 0 or round == self.method.rounds()):
             validation = self._validate(took_part, ledger)
         if validation is not None:
-            self.state = self.method.validated(round, self.state, validation["clients"])
+            merits = {client: self.metric.merit(value) for client, value in validation["clients"].items()}
+            self.state = self.method.validated(round, self.state, merits)
         loss = sum(losses.values()) / len(losses) if losses else None
         line = ledger.line(self.clients, round, sampled, failed, loss, validation, error)
         # Whoever failed is as it was; but the engine may have something to note of it.
@@ -308,7 +305,7 @@ class Rounds:
         replies = {client: self._reply(client) for client in clients}
         with ledger.timed("evaluate"):
             (scores,) = self._scores(clients, [("validation", replies)], ledger)
-        return summarise(scores) if scores else None
+        return summarise(scores, self.metric) if scores else None
 
     def _scores(self, clients: Sequence[str], questions: Sequence[Asked], ledger: Ledger) -> list[dict[str, Score]]:
         """One exchange, its answers in the clients' order; who answered has the reply that was part of a question."""
@@ -318,7 +315,7 @@ class Rounds:
             digest = self._count(client, reply, ledger)
             if any(client in scores for scores in found):
                 self.delivered[client] = digest
-        return [{client: scores[client] for client in clients if client in scores} for scores in found]
+        return [{client: bounded(scores[client]) for client in clients if client in scores} for scores in found]
 
     def _aggregation_error(self, messages: Mapping[str, Message]) -> float | None:
         mixing = self.method.mixing(self.state, messages)
@@ -334,8 +331,10 @@ class Rounds:
         """Write the round; early stopping's tally is part of it."""
         best, stale = (self.checkpoint.best_round, self.checkpoint.stale) if self.checkpoint else (None, 0)
         if validation is not None and self.recipe.train.patience is not None:
-            earlier = [m["validation"]["mean"] for m in self.run.metrics() if m["validation"]]
-            best, stale = (round, 0) if validation["mean"] > max(earlier, default=-1.0) else (best, stale + 1)
+            merit = self.metric.merit
+            earlier = [merit(m["validation"]["mean"]) for m in self.run.metrics() if m["validation"]]
+            better = merit(validation["mean"]) > max(earlier, default=-math.inf)
+            best, stale = (round, 0) if better else (best, stale + 1)
         # A line cannot hold how long its own writing took: it holds the commit's before it.
         line["seconds"]["checkpoint"] = round_to(self.writing, 4)
         started = time.perf_counter()
@@ -374,7 +373,7 @@ class Rounds:
             tuned, tuned_validation, received, received_validation = (
                 {client: scores[client] for client in answered} for scores in (found + found)[:4]
             )
-            final = Final(tuned, tuned_validation, received, received_validation, self._global_score())
+            final = Final(self.metric, tuned, tuned_validation, received, received_validation, self._global_score())
             self.progress.advance()
         written = summary(self.recipe, self.clients, self._committed(), self.run.metrics(), final, ledger)
         return {**written, "stopped_early": stopped_early}
@@ -384,4 +383,5 @@ class Rounds:
         client, welcome = self.clients[0], self._welcome(self.clients[0])
         fresh = {**self.method.initial(client), **(decode(welcome).tensors if welcome is not None else {})}
         model = self.method.global_model(self.state, client, fresh)
-        return None if model is None else self.engine.global_score(model)
+        score = None if model is None else self.engine.global_score(model)
+        return None if score is None else bounded(score)

@@ -18,10 +18,9 @@ import transformers
 
 from folklora import __version__
 from folklora.adapters.lowrank import Tensors
-from folklora.adapters.peft import save_peft
-from folklora.backbones.backbone import find as find_backbone
+from folklora.backbones.metric import Metric, same_metric
 from folklora.data.partition import to_json
-from folklora.errors import DataError, RecipeError, RunError
+from folklora.errors import RecipeError, RunError
 from folklora.federation.codec import encode
 from folklora.federation.engine import Engine
 from folklora.federation.faults import with_faults
@@ -33,8 +32,6 @@ from folklora.federation.setup import Setup, federated_data, prepare, validate
 from folklora.federation.standing import own_model
 from folklora.federation.trackers import refuse_unreachable, track
 from folklora.recipe import Recipe
-from folklora.training.prediction import Question
-from folklora.training.prediction import predict as answer
 
 Summary = dict[str, Any]
 
@@ -109,7 +106,7 @@ def play(
     ``examples`` tells how many a client has in each split, where the setup's own splits do not.
     """
     with directory.locked(), track(setup.recipe, directory.path, progress) as told:
-        rounds = Rounds(setup.recipe, directory, engine, setup.method, list(setup.data.splits), told)
+        rounds = Rounds(setup, directory, engine, list(setup.data.splits), told)
         summary = rounds.play()
         for client, result in summary["clients"].items():
             split = setup.data.splits[client]
@@ -190,10 +187,14 @@ def compare(
         _refuse_network(each)
         validate(each)
         refuse_another_recipe(each, out / run_name(text, each.seed))
-    for _, each in plan:
-        federated_data(each.data, each.seed)  # not every seed can be dealt
+    judged: dict[str, Metric] = {}
+    for text, each in plan:
+        federated_data(each.data, each.seed, each.form)  # not every seed can be dealt
         if each.seed == recipe.seed:  # what a method refuses of a recipe, it refuses with every seed
-            prepare(each).task.backbone.refuse_packing(each.train.packed)
+            task = prepare(each).task
+            task.refuse_packing(each.train.packed)
+            judged[text] = task.metric
+    same_metric(judged.items())
     rows, runs = [], []
     for text, each in plan:
         name = run_name(text, each.seed)
@@ -279,27 +280,3 @@ def recipe_of(path: str | Path) -> Recipe:
     """The recipe of a run directory, or of the folder that a member keeps of a network run."""
     brief = MemberFolder(Path(path)).brief()
     return RunDirectory.open(path).recipe if brief is None else Recipe.from_toml(brief.recipe)
-
-
-def export(path: str | Path, client: str, to: str | Path, *, tuned: bool = False) -> Path:
-    """One client's adapter as a stock PEFT LoRA folder; see `folklora.adapters.peft.save_peft`."""
-    model = client_model(path, client, tuned=tuned)
-    setup = model.setup
-    base = find_backbone(setup.recipe.model.name)
-    return save_peft(to, model.tensors, setup.method.adapter, base, setup.data.table.classes)
-
-
-def predict(path: str | Path, client: str, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Label and probability of each text by one client's own model."""
-    if empty := [i for i, text in enumerate(texts) if not text.strip()]:
-        raise DataError(f"text {empty[0] + 1} is empty")
-    model = client_model(path, client)
-    task, classes = model.setup.task, model.setup.data.table.classes
-    question = Question(client, model.rank, model.tensors, task.encode(texts))
-    logits = answer(task, model.setup.method.adapter, [question])[client]
-    probabilities = torch.softmax(torch.from_numpy(logits), dim=1)
-    best, where = probabilities.max(dim=1)
-    return [
-        {"text": text, "label": classes[int(i)], "probability": float(p)}
-        for text, p, i in zip(texts, best, where, strict=True)
-    ]

@@ -25,6 +25,7 @@ from folklora.methods import build, check_options
 from folklora.methods.base import Context, Method
 from folklora.randomness import derive
 from folklora.recipe import EMBEDDED_NAMES, AdapterSection, DataSection, Form, ModelSection, Recipe
+from folklora.training.generation import refuse_speechless
 from folklora.training.prediction import features
 
 
@@ -186,7 +187,10 @@ def federated_data(section: DataSection, seed: int, form: Form = "text") -> Fede
 
 def task_of(recipe: Recipe, classes: Sequence[str]) -> Task:
     """The recipe's task for examples of these classes."""
-    return tasks.build_task(recipe.model, recipe.adapter, recipe.form, classes)
+    task = tasks.build_task(recipe.model, recipe.adapter, recipe.form, classes)
+    if recipe.eval.generate:
+        refuse_speechless(task)
+    return task
 
 
 # A rank list is not hashable; what the caches depend on is the model, the targets and the data.

@@ -49,8 +49,10 @@ class _Told:
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one round that a curve can be drawn of."""
     found = {name: metrics[name] for name in ("train_loss", "bytes_up", "bytes_down", "aggregation_error")}
+    validation = metrics["validation"] or {}
     for name in ("mean", "std", "worst_tenth", "weighted"):
-        found[f"validation/{name}"] = (metrics["validation"] or {}).get(name)
+        found[f"validation/{name}"] = validation.get(name)
+    found |= {f"validation/{name}": value for name, value in validation.get("beside", {}).items()}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 

@@ -104,6 +104,7 @@ def describe_methods(d_in: int, d_out: int, rank: int) -> list[dict[str, Any]]:
             dropout=0.0,
             classes=2,
             width=d_in,
+            head={"head/weight": (2, d_in), "head/bias": (2,)},
             norms={},
             rounds=1,
             learning_rate=1e-3,
@@ -123,6 +124,7 @@ def describe_methods(d_in: int, d_out: int, rank: int) -> list[dict[str, Any]]:
                 "once": method.once,
                 "mixed_ranks": cls.mixed_ranks,
                 "global_model": cls.has_global_model,
+                "needs_head": cls.needs_head,
                 "bytes_per_layer_up": _factor_bytes(up),
                 "bytes_per_layer_down": _factor_bytes(down),
             }

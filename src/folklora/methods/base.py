@@ -18,7 +18,7 @@ models. In the order data flows::
     server(round, state, messages) -> state     the aggregation
     reply(state, id)         -> message what the server has for a client now: a pure function of the state
     receive(client, message)            at the client; default: overwrite its tensors; twice the same changes nothing
-    validated(round, state, accuracies) -> state    at the server, where clients were validated after the round
+    validated(round, state, merits) -> state        at the server, where clients were validated after the round
     model(client)                       at the client: the tensors it predicts with; default: those it trains
 
 State is a flat dictionary of tensors, so it checkpoints; a reply is a function of the state, so a run that was killed
@@ -69,7 +69,7 @@ class ClientData(Protocol):
 
     def weight_gradients(self, head: Tensors, examples: int) -> Tensors:
         """``grad/<site>`` [d_out, d_in]: of the mean loss of at most so many training examples with respect to the
-        frozen weight of each adapted layer, under a given ``head/weight`` and ``head/bias``."""
+        frozen weight of each adapted layer, under a given ``head/weight`` and ``head/bias``, if the task has a head."""
         ...
 
 
@@ -96,7 +96,10 @@ class Context:
     """What both sides agree on before the first message: it follows from the recipe and the backbone alone.
 
     ``ranks`` are those clients start with; ``weight(site)`` is the frozen weight [d_out, d_in], float32, of an adapted
-    layer. Where ``promote`` is set, the best ``promote_share`` of the clients first validated get that rank.
+    layer. ``head`` has the shapes of the task's own ``head/weight`` and ``head/bias``, and is empty where it answers
+    without one (a language model, CLIP). Statistics of the data are of ``classes`` classes, at least one, and of
+    features of ``width``. Where ``promote`` is set, the best ``promote_share`` of the clients first validated get that
+    rank.
     """
 
     seed: int
@@ -106,6 +109,7 @@ class Context:
     dropout: float
     classes: int
     width: int
+    head: Shapes
     norms: Tensors
     rounds: int
     learning_rate: float
@@ -131,6 +135,7 @@ class Method:
     core: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = False
     promotes: ClassVar[bool] = False  # whether a client's rank may be raised during a run
+    needs_head: ClassVar[bool] = False  # whether it has nothing to do where the task has no head of its own
     has_global_model: ClassVar[bool] = False
     trains: ClassVar[frozenset[str]] = frozenset({"A", "B", "C", "head", "norm"})
     travels: ClassVar[frozenset[str]] = frozenset()
@@ -138,7 +143,12 @@ class Method:
     options_type: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Options, context: Context) -> None:
-        self.options = options
+        if self.needs_head and not context.head:
+            raise MethodError(
+                f"method.name = {self.name!r} makes a head and nothing else, and the task has none of its own; "
+                "allowed: a method that trains, such as 'folklora'"
+            )
+        self.options = options if context.head else options.without_head(self.name)
         self.context = context
         self.adapter = LowRank(context.sites, self.core, context.alpha, context.dropout)
         ranks = set(context.ranks.values())
@@ -171,11 +181,10 @@ class Method:
         return factor_generator(self.context.seed, name)
 
     def initial(self, client: str) -> Tensors:
-        """Everything a client owns before anything happened: factors, a zero head, the backbone's norms."""
+        """Everything a client owns before anything happened: factors, a zero head if any, the backbone's norms."""
         c = self.context
-        head = {"head/weight": torch.zeros(c.classes, c.width), "head/bias": torch.zeros(c.classes)}
         norms = {name: tensor.clone() for name, tensor in c.norms.items()}
-        return {**self.initial_factors(client, c.ranks[client]), **head, **norms}
+        return {**self.initial_factors(client, c.ranks[client]), **blank(c.head), **norms}
 
     def sketch(self, client: Client) -> Message | None:
         """One-off upload; by default class statistics if the head starts from them."""
@@ -287,7 +296,7 @@ class Method:
         Tensors of kind ``index`` are int32, all others floating point.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in self.context.norms.items()}
-        shapes |= {"head/weight": (self.context.classes, self.context.width), "head/bias": (self.context.classes,)}
+        shapes |= self.context.head
         shapes |= self.adapter.shapes(self.rank(state, client))
         kinds = self.shared(round)
         return {name: shape for name, shape in shapes.items() if name.partition("/")[0] in kinds}
@@ -356,8 +365,8 @@ class Method:
     def receive(self, client: Client, message: Message) -> None:
         client.tensors.update(message.tensors)
 
-    def validated(self, round: int, state: State, accuracies: Mapping[str, float]) -> State:
-        """What the server makes of the accuracies that clients report of their validation splits; default: nothing."""
+    def validated(self, round: int, state: State, merits: Mapping[str, float]) -> State:
+        """What the server makes of how clients do on their validation splits, more is better; default: nothing."""
         return state
 
     def model(self, client: Client) -> Tensors:
@@ -387,10 +396,7 @@ class Method:
 
     def typical_welcome(self, client: str) -> Message | None:
         """A message of the size of a client's welcome."""
-        if self.options.start == "zero":
-            return None
-        classes, width = self.context.classes, self.context.width
-        return Message(blank({"head/weight": (classes, width), "head/bias": (classes,)}))
+        return None if self.options.start == "zero" else Message(blank(self.context.head))
 
     @property
     def once(self) -> str | None:
@@ -399,12 +405,17 @@ class Method:
 
     # -- what can be shown ---------------------------------------------------------------------------------------
 
+    @property
+    def common_head(self) -> bool:
+        """Whether clients differ in no head: it is averaged, or there is none."""
+        return self.options.head_travels or not self.context.head
+
     def global_model(self, state: State, client: str, tensors: Tensors) -> Tensors | None:
-        """The one model of all clients, if the method has one and its head is common.
+        """The one model of all clients, if the method has one and clients have no heads of their own.
 
         ``tensors`` are those of any one client: what they all share is taken from the state, the rest is common anyway.
         """
-        if not (self.has_global_model and self.options.head_travels):
+        if not (self.has_global_model and self.common_head):
             return None
         reply = self.reply(state, client)
         return {**tensors, **(reply.tensors if reply else {})}

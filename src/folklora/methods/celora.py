@@ -9,6 +9,8 @@
 6. ``S = lambda S_data + (1 - lambda) S_model``; client i gets ``sum_j softmax_j(S_ij / T) C_j``, itself included
    [lambda, T, softmax: recon].
 
+Examples without labels are all of one class, whose mixture is that of all features of the client [recon].
+
 Where ranks differ, cores are mixed zero-padded and truncated on the way down [recon]; what is mixed is ``s_k C_k``, so
 that the scaling alpha / rank of each client is respected [recon].
 

@@ -13,7 +13,8 @@
 4. Under a zero head every gradient is zero. ``gradient_head = "random"``: all use one Gaussian head from the seed, std
   0.02, as the authors' BERT classifier starts [code]; ``"own"``: each the linear discriminant of its own class
   statistics [recon]. One head sketched by all would cost another exchange before the gradient. What the head starts
-  from in training is another matter (``head_start``).
+  from in training is another matter (``head_start``). A task without a head of its own has a gradient as it is, and
+  needs neither.
 5. The authors set alpha = r, so s = 1 [code]. Here R = Sigma / s: whatever the recipe's alpha, ``s B R A`` starts as
   the rank-r part of DW1 [recon]. ``core_start = "zero"`` keeps the frame and starts from the backbone [recon].
 6. The authors' eta is the learning rate of the first warm-up step, train.lr / number of warm-up steps [code: below 1e-6
@@ -25,7 +26,7 @@ A gradient of few examples can be inverted into them: what is sent once is less 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -43,6 +44,7 @@ _COUNT = "count/gradient"
 
 
 class FedSBOptions(FedITOptions):
+    of_a_head: ClassVar[dict[str, Any]] = {**FedITOptions.of_a_head, "gradient_head": "random"}
     gradient_head: Literal["random", "own"] = Field("random", description="the head the first gradient is taken under")
     gradient_examples: int = Field(64, ge=1, le=1_000_000, description="of each client, at most")
     eta: float = Field(1e-6, gt=0, le=1, description="size of the first step")
@@ -93,6 +95,8 @@ class FedSB(Method):
         )
 
     def _gradient_head(self, client: Client) -> Tensors:
+        if not self.context.head:
+            return {}
         if self.options.gradient_head == "own":
             weight, bias = linear_discriminant(self.statistics(client))
         else:

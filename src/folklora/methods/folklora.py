@@ -4,7 +4,7 @@ CE-LoRA with ``basis = "frozen"`` (A, B orthonormal, drawn from the seed, the sa
 starts at zero, so the mean of cores is the mean of updates, exactly), cores averaged by examples or mixed by
 similarity, and a head kept at home that starts from zero or from everybody's class statistics
 (`folklora.methods.heads`). The class statistics travel once and serve both the head and, where asked for, the data
-similarity.
+similarity. Where the task has no head of its own, cores are all there is: nothing travels once but for the similarity.
 """
 
 from __future__ import annotations

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from folklora.errors import MethodError
 
 FEDOPT: dict[str, dict[str, float]] = {
     "momentum": {"lr": 1.0, "beta1": 0.9},
@@ -21,15 +24,17 @@ class Options(BaseModel):
 
     ``head``: *private* stays home, *shared* travels and is averaged, *sketched* is private and starts from the linear
     discriminant that the server builds from all clients' class statistics. ``head_start`` says the start alone, so
-    that a shared head may start sketched too, and *auto* lets each client choose on its validation split.
+    that a shared head may start sketched too, and *auto* lets each client choose on its validation split. Where the
+    task has no head of its own, both are as `of_a_head` says.
 
     ``proximal``, ``scaffold`` and ``fedopt`` add something to the methods that say so in `Method.combines`; see
     `folklora.methods.proximal`, `folklora.methods.scaffold` and `folklora.methods.server_optimizer`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+    of_a_head: ClassVar[dict[str, Any]] = {"head": "private", "head_start": "zero"}
     head: Literal["private", "shared", "sketched"] = Field(
-        "private", description="stays home, travels, or starts sketched"
+        "private", description="stays home, travels, or starts sketched; for tasks with a head of their own"
     )
     head_start: Literal["zero", "sketched", "auto"] | None = Field(None, description="default: as `head` says")
     proximal: float = Field(0.0, ge=0, description="FedProx's mu: the pull to where a client started the round")
@@ -47,6 +52,23 @@ class Options(BaseModel):
     @property
     def head_travels(self) -> bool:
         return self.head == "shared"
+
+    def without_head(self, method: str) -> Self:
+        """These options for a task without a head of its own: nothing of one is sketched, sent or kept.
+
+        Raises
+        ------
+        MethodError
+            For an option that was given and speaks of a head; defaults that do are passed over.
+        """
+        for key, value in self.of_a_head.items():
+            given = getattr(self, key)
+            if key in self.model_fields_set and given not in {None, value}:
+                raise MethodError(
+                    f"method {method!r}: method.{key} = {json.dumps(given)}, and the task has no head of its own; "
+                    f"allowed: {json.dumps(value)}, or to leave it out"
+                )
+        return self.model_copy(update=self.of_a_head)
 
     @model_validator(mode="after")
     def _start_fits(self) -> Options:

@@ -183,11 +183,11 @@ class Pairs(Method):
             return super().rank(state, client)
         return int(state["ranks"][self.position[client]])
 
-    def validated(self, round: int, state: State, accuracies: Mapping[str, float]) -> State:
+    def validated(self, round: int, state: State, merits: Mapping[str, float]) -> State:
         """After the first validation the best clients are promoted; ties go to the first."""
         if self.context.promote is None or "promoted" in state:
             return state
-        best = sorted(accuracies, key=lambda client: (-accuracies[client], self.position[client]))
+        best = sorted(merits, key=lambda client: (-merits[client], self.position[client]))
         count = max(1, math.floor(self.context.promote_share * len(best) + 0.5))
         promoted = torch.tensor([self.position[client] for client in best[:count]], dtype=torch.int32)
         ranks = self.ranks(state)

@@ -10,9 +10,9 @@
 5. A weak client trains only ``budget`` of its heads, as many in every layer, those that score highest, and each head is
   averaged over those who trained it [paper]; where nobody did it stays as it was [recon]. Indices travel with them.
   Scores [note: the paper has them random, by weight and by gradient; formulas: recon]: ``"weight"`` ||H_i||_F;
-  ``"gradient"`` ||B_i^T G A_i^T||_F with G the gradient at the *frozen* backbone under the client's head, which is what
-  a method may ask for: exact before any training, later as if no adapter had been trained. Ties (all heads at the
-  start, where the task's head is zero too) are broken at random.
+  ``"gradient"`` ||B_i^T G A_i^T||_F with G the gradient at the *frozen* backbone under the client's head, if the task
+  has one, which is what a method may ask for: exact before any training, later as if no adapter had been trained. Ties
+  (all heads at the start, where the task's head is zero too) are broken at random.
 
 In this code A and B hold all heads stacked, [h r, d_in] and [d_out, h r], and C is block-diagonal: masks keep the other
 blocks at zero, and they never travel. ``adapter.rank`` is r, the rank of one head; s = alpha / (h r) belongs to the

@@ -1,7 +1,8 @@
 """Sketch: no training at all. Class statistics of the frozen backbone's features travel once; a head comes back.
 
 The baseline that any honest table needs [recon, ours]: clients send counts, class means and the pooled within-class
-scatter; the server merges them exactly, as if all features lay in one place, and returns the linear discriminant.
+scatter; the server merges them exactly, as if all features lay in one place, and returns the linear discriminant. A
+task without a head of its own is refused.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Sketch(Method):
     name = "sketch"
     title = "Sketched head, no training"
     mixed_ranks = True
+    needs_head = True
     trains = frozenset()
     options_type = SketchOptions
 

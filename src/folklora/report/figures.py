@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from folklora.backbones.metric import ACCURACY, Metric
 from folklora.report.heatmaps import partition, similarity, sizes
 from folklora.report.reading import Run
 from folklora.report.style import (
@@ -21,12 +22,12 @@ from folklora.report.style import (
     drawing,
     headline,
     marks,
-    percent_axis,
     round_axis,
+    score_axis,
     short,
     spread_apart,
 )
-from folklora.report.tables import human_seconds, percent
+from folklora.report.tables import human_seconds
 
 MANY_ROUNDS = 60  # from here on bars become thinner than the gaps between them: areas instead
 MANY_CLIENTS = 32  # from here on names no longer fit under bars
@@ -43,11 +44,12 @@ class Picture:
     draw: Callable[[Run, ThemeName], Figure | None]
 
 
-def validation_accuracy(run: Run, theme: ThemeName = "light") -> Figure | None:
-    """Mean validation accuracy per round, the band from worst tenth to best client; below it the training loss."""
+def validation(run: Run, theme: ThemeName = "light") -> Figure | None:
+    """Mean validation score per round, the band from worst tenth to best client; below it the training loss."""
     evaluated = run.evaluated
     if not evaluated:
         return None
+    metric = run.metric or ACCURACY
     losses = [(line.round, line.train_loss) for line in run.rounds if line.train_loss is not None]
     with drawing(theme) as colors:
         color = marks([run.method], colors)[run.method].color
@@ -55,9 +57,9 @@ def validation_accuracy(run: Run, theme: ThemeName = "light") -> Figure | None:
         grid = figure.add_gridspec(2 if losses else 1, 1, height_ratios=[3, 1] if losses else [1])
         ax = clean(figure.add_subplot(grid[0]), colors)
         rounds = np.array([number for number, _ in evaluated])
-        mean = np.array([validation.mean for _, validation in evaluated])
+        mean = np.array([v.mean for _, v in evaluated])
         worst = np.array([np.nan if v.worst_tenth is None else v.worst_tenth for _, v in evaluated])
-        best = np.array([max(v.clients.values(), default=np.nan) for _, v in evaluated])
+        best = np.array([max(v.clients.values(), key=metric.merit, default=np.nan) for _, v in evaluated])
         marker = "o" if len(rounds) <= MANY_ROUNDS else ""
         ax.fill_between(rounds, worst, best, color=color, alpha=0.16, linewidth=0)
         ax.plot(rounds, mean, color=color, marker=marker, markersize=4.5)
@@ -77,30 +79,31 @@ def validation_accuracy(run: Run, theme: ThemeName = "light") -> Figure | None:
                 markersize=5,
                 markeredgewidth=1.6,
             )
-        percent_axis(ax)
+        score_axis(ax, metric)
         round_axis(ax, sorted({*rounds.tolist(), *(line.round for line in run.rounds)}))
-        _label_ends(ax, [end for end in ends if np.isfinite(end[0])], rounds[-1])
-        ax.set_ylabel("validation accuracy")
-        headline(figure, "Validation accuracy" + (" and training loss" if losses else ""))
+        _label_ends(ax, metric, [end for end in ends if np.isfinite(end[0])], rounds[-1])
+        ax.set_ylabel(f"validation {metric.words}")
+        headline(figure, f"Validation {metric.words}" + (" and training loss" if losses else ""))
         if losses:
             ax.set_xlabel("")
             ax.tick_params(labelbottom=False)
             below = clean(figure.add_subplot(grid[1], sharex=ax), colors)
             below.plot(*np.array(losses).T, color=colors.soft, marker=marker, markersize=3.5, linewidth=1.5)
             below.yaxis.set_major_locator(MaxNLocator(3))
-            below.set_ylabel("loss")
+            below.set_ylabel("training\nloss")
             below.set_xlabel("round")
             figure.align_ylabels()
         return figure
 
 
-def client_accuracy(run: Run, theme: ThemeName = "light") -> Figure | None:
-    """Test accuracy of each client, best first, above the size of its training split."""
+def client_scores(run: Run, theme: ThemeName = "light") -> Figure | None:
+    """Test score of each client, best first, above the size of its training split."""
     if not run.results:
         return None
-    order = sorted(run.results, key=lambda client: -run.results[client].accuracy)
-    accuracy = np.array([run.results[client].accuracy for client in order])
-    tuned = [run.results[client].accuracy_tuned for client in order]
+    metric = run.metric or ACCURACY
+    order = sorted(run.results, key=lambda client: -metric.merit(run.results[client].score))
+    scores = np.array([run.results[client].score for client in order])
+    tuned = [run.results[client].tuned for client in order]
     trained_on = np.array([run.results[client].examples.train for client in order])
     places = np.arange(len(order))
     with drawing(theme) as colors:
@@ -109,32 +112,40 @@ def client_accuracy(run: Run, theme: ThemeName = "light") -> Figure | None:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         clean(top, colors)
         clean(bottom, colors)
-        _bars(top, places, accuracy, color)
+        _bars(top, places, scores, color)
         _bars(bottom, places, trained_on, colors.palette[GREY])
         if run.rounds and any(value is not None for value in tuned):
             values = [np.nan if value is None else value for value in tuned]
             top.plot(places, values, "D", color=colors.ink, markersize=4 if len(order) <= MANY_CLIENTS else 2)
             top.plot([], [], "D", color=colors.ink, markersize=4, label="tuned at home, before the last reply")
-        top.axhline(accuracy.mean(), color=colors.ink, linewidth=1, linestyle=(0, (4, 3)))
+        top.axhline(scores.mean(), color=colors.ink, linewidth=1, linestyle=(0, (4, 3)))
         top.plot(
             [],
             [],
             color=colors.ink,
             linewidth=1,
             linestyle=(0, (4, 3)),
-            label=f"mean over clients, {percent(accuracy.mean())} %",
+            label=f"mean over clients, {metric.show(scores.mean())}",
         )
         if len(order) <= 12:
-            for place, value in zip(places, accuracy, strict=True):
-                top.text(place, 0.02, percent(value), ha="center", va="bottom", color=colors.paper, fontsize=9)
+            for place, value in zip(places, scores, strict=True):
+                top.annotate(
+                    metric.number(value),
+                    (place, 0),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom",
+                    color=colors.paper,
+                    fontsize=9,
+                )
             for place, size in zip(places, trained_on, strict=True):
                 bottom.annotate(f"{size}", (place, size), (0, 2), textcoords="offset points", ha="center", fontsize=8.5)
             bottom.margins(y=0.28)
-        top.set_ylim(0, 1)
         top.legend(loc="lower right", bbox_to_anchor=(1, 1.0), ncols=2, borderaxespad=0.3)
-        percent_axis(top)
-        top.set_ylabel("test accuracy")
-        headline(figure, "Each client's test accuracy")
+        score_axis(top, metric, whole=True)
+        top.set_ylabel(f"test {metric.words}")
+        headline(figure, f"Each client's test {metric.words}")
         bottom.set_ylabel("train\nexamples")
         bottom.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         pad = max(0.7, (5 - len(order)) / 2)  # three bars need not fill the page
@@ -225,13 +236,13 @@ RUN_PICTURES = (
         "validation",
         "Line: mean over clients. Band: from the worst tenth of the clients to the best one; the narrower it is, the "
         "more evenly the clients are served. A cross at the bottom marks a round in which clients dropped out.",
-        validation_accuracy,
+        validation,
     ),
     Picture(
         "clients",
-        "A bar is one client's accuracy on its own test split with the model it ends with, best first; a diamond, the "
+        "A bar is how one client does on its own test split with the model it ends with, best first; a diamond, the "
         "model as its own last training left it, before the server's last reply. Below, how much it trained on.",
-        client_accuracy,
+        client_scores,
     ),
     Picture(
         "partition",
@@ -267,10 +278,9 @@ def _bars(ax: Axes, places: np.ndarray, values: np.ndarray, color: str) -> None:
         ax.fill_between(places, values, step="mid", color=color, linewidth=0)
 
 
-def _label_ends(ax: Axes, ends: list[tuple[float, str, str]], last: float) -> None:
+def _label_ends(ax: Axes, metric: Metric, ends: list[tuple[float, str, str]], last: float) -> None:
     """Names beside the last point of each line, never closer than a line of text."""
     places = spread_apart([value for value, _, _ in ends], 0.075 * float(np.ptp(ax.get_ylim())))
     for (value, text, color), place in zip(ends, places, strict=True):
-        ax.annotate(
-            f"{text} {percent(value)}", (last, place), (8, 0), textcoords="offset points", color=color, va="center"
-        )
+        label = f"{text} {metric.number(value)}"
+        ax.annotate(label, (last, place), (8, 0), textcoords="offset points", color=color, va="center")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from folklora.backbones.metric import Metric
 from folklora.report.reading import Comparison, Run
 from folklora.report.style import (
     DASHED,
@@ -23,12 +24,12 @@ from folklora.report.style import (
     headline,
     marks,
     pale,
-    percent_axis,
     round_axis,
+    score_axis,
     spread_apart,
     title,
 )
-from folklora.report.tables import Spread, by_variant, human_bytes, percent
+from folklora.report.tables import Spread, by_variant, human_bytes
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class ComparePicture:
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation accuracy of a method, over seeds.
+    """The validation score of a method, over seeds.
 
     Attributes
     ----------
     rounds
         [R] rounds at which every seed has been evaluated at least once, or is evaluated now.
     mean, std
-        [R] accuracy over seeds; the sample standard deviation is zero for a single seed.
+        [R] score over seeds; the sample standard deviation is zero for a single seed.
     sent
         [R] bytes that a client has sent up to and including the round, the one-off bytes among them; mean over
         clients and seeds.
@@ -63,9 +64,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Level:
-    """The one accuracy of a method without rounds, over seeds; `remark` says so where it is not validation."""
+    """The one score of a method without rounds, over seeds; `remark` says so where it is not validation."""
 
-    accuracy: float
+    score: float
     remark: str
 
 
@@ -91,14 +92,15 @@ def curve(runs: list[Run]) -> Curve | None:
     rounds = np.unique(np.concatenate([track[:, 0] for track in tracks]))
     rounds = rounds[rounds >= max(track[0, 0] for track in tracks)]
     picks = [np.searchsorted(track[:, 0], rounds, side="right") - 1 for track in tracks]
-    accuracy = np.stack([track[pick, 1] for track, pick in zip(tracks, picks, strict=True)])
+    scores = np.stack([track[pick, 1] for track, pick in zip(tracks, picks, strict=True)])
     sent_so_far = np.stack([track[pick, 2] for track, pick in zip(tracks, picks, strict=True)])
-    std = accuracy.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(len(rounds))
-    return Curve(rounds, accuracy.mean(axis=0), std, sent_so_far.mean(axis=0))
+    std = scores.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(len(rounds))
+    return Curve(rounds, scores.mean(axis=0), std, sent_so_far.mean(axis=0))
 
 
-def accuracy_per_round(comparison: Comparison, theme: ThemeName = "light") -> Figure | None:
-    """Validation accuracy of every method, round by round, with the spread over seeds."""
+def score_per_round(comparison: Comparison, theme: ThemeName = "light") -> Figure | None:
+    """Validation score of every method, round by round, with the spread over seeds."""
+    metric = comparison.metric
     curves, levels = _curves(comparison)
     if not curves:
         return None
@@ -130,16 +132,16 @@ def accuracy_per_round(comparison: Comparison, theme: ThemeName = "light") -> Fi
                 )
             ends.append((every[-1] if flat else each.rounds[-1], each.mean[-1], name, ""))
         for name, level in levels.items():
-            ax.axhline(level.accuracy, color=style[name].color, linewidth=1.5, linestyle=DASHED)
-            ends.append((every[-1], level.accuracy, name, level.remark))
+            ax.axhline(level.score, color=style[name].color, linewidth=1.5, linestyle=DASHED)
+            ends.append((every[-1], level.score, name, level.remark))
         round_axis(ax, every)
-        percent_axis(ax)
+        score_axis(ax, metric)
         low, high = ax.get_ylim()
         places = spread_apart([(y - low) / (high - low) for _, y, _, _ in ends], 0.185 / (height - 0.8))
         places -= max(0.0, places.max() - 1.0) if len(places) else 0.0
         for (x, y, name, remark), place in zip(ends, places, strict=True):
             ax.annotate(
-                f"{title(name)} {percent(y)}{remark}",
+                f"{title(name)} {metric.number(y)}{remark}",
                 (x, y),
                 (1.035, place),
                 textcoords="axes fraction",
@@ -156,13 +158,14 @@ def accuracy_per_round(comparison: Comparison, theme: ThemeName = "light") -> Fi
                     "shrinkB": 4,
                 },
             )
-        ax.set_ylabel("validation accuracy, mean over clients")
-        headline(figure, "Accuracy per round")
+        ax.set_ylabel(f"validation {metric.words}, mean over clients")
+        headline(figure, f"{metric.words.capitalize()} per round")
         return figure
 
 
-def accuracy_per_byte(comparison: Comparison, theme: ThemeName = "light") -> Figure | None:
-    """Validation accuracy against the bytes a client has sent by then, the one-off bytes included."""
+def score_per_byte(comparison: Comparison, theme: ThemeName = "light") -> Figure | None:
+    """Validation score against the bytes a client has sent by then, the one-off bytes included."""
+    metric = comparison.metric
     curves, levels = _curves(comparison)
     once = {name: _sent_in_all(comparison.finished_runs(name)) for name in levels}
     if not curves and not levels:
@@ -178,7 +181,8 @@ def accuracy_per_byte(comparison: Comparison, theme: ThemeName = "light") -> Fig
             if not sends.any():
                 ax.axhline(each.mean[-1], color=mark.color, linewidth=1.8, linestyle=DASHED)
                 handle = Line2D([], [], color=mark.color, linestyle=DASHED)
-                entries.append((each.mean[-1], f"{title(name)}  {percent(each.mean[-1])} %\nsends nothing", handle))
+                text = f"{title(name)}  {metric.show(each.mean[-1])}\nsends nothing"
+                entries.append((each.mean[-1], text, handle))
                 continue
             x, mean, std = each.sent[sends], each.mean[sends], each.std[sends]
             ax.fill_between(x, mean - std, mean + std, color=mark.color, alpha=0.13, linewidth=0)
@@ -193,7 +197,7 @@ def accuracy_per_byte(comparison: Comparison, theme: ThemeName = "light") -> Fig
             )
             ax.plot(x[-1], mean[-1], color=mark.color, marker=mark.marker, markersize=9, markeredgecolor=colors.paper)
             handle = Line2D([], [], color=mark.color, marker=mark.marker, linestyle=mark.line, markersize=7)
-            text = f"{title(name)}  {percent(mean[-1])} %\n{human_bytes(x[-1])} sent"
+            text = f"{title(name)}  {metric.show(mean[-1])}\n{human_bytes(x[-1])} sent"
             entries.append((mean[-1], text, handle))
         for name, level in levels.items():
             mark = style[name]
@@ -204,14 +208,14 @@ def accuracy_per_byte(comparison: Comparison, theme: ThemeName = "light") -> Fig
                 "markersize": 9,
             }
             if once.get(name):
-                ax.plot([once[name]], [level.accuracy], linestyle="none", **hollow)
+                ax.plot([once[name]], [level.score], linestyle="none", **hollow)
                 handle, sent = Line2D([], [], linestyle="none", **hollow), f"{human_bytes(once[name])} sent"
             else:
-                ax.axhline(level.accuracy, color=mark.color, linewidth=1.8, linestyle=DASHED)
+                ax.axhline(level.score, color=mark.color, linewidth=1.8, linestyle=DASHED)
                 handle, sent = Line2D([], [], color=mark.color, linestyle=DASHED), "sends nothing"
-            text = f"{title(name)}  {percent(level.accuracy)} %{level.remark}\n{sent}"
-            entries.append((level.accuracy, text, handle))
-        entries.sort(key=lambda entry: -entry[0])
+            text = f"{title(name)}  {metric.show(level.score)}{level.remark}\n{sent}"
+            entries.append((level.score, text, handle))
+        entries.sort(key=lambda entry: -entry[0])  # from above, as the curves end
         ax.legend(
             [handle for _, _, handle in entries],
             [text for _, text, _ in entries],
@@ -229,17 +233,19 @@ def accuracy_per_byte(comparison: Comparison, theme: ThemeName = "light") -> Fig
             ax.xaxis.set_minor_locator(NullLocator())
             bytes_axis(ax, "x")
             ax.grid(axis="x", color=colors.grid, linewidth=0.8)
-        percent_axis(ax)
+        score_axis(ax, metric)
         ax.set_xlabel("sent by a client so far, one-off uploads included (log scale)")
-        ax.set_ylabel("validation accuracy, mean over clients")
+        ax.set_ylabel(f"validation {metric.words}, mean over clients")
         headline(figure, "What a byte buys")
         return figure
 
 
-def final_accuracy(comparison: Comparison, theme: ThemeName = "light") -> Figure | None:
-    """Final test accuracy of each method, a dot for each seed, and the worst tenth of the clients."""
+def final_scores(comparison: Comparison, theme: ThemeName = "light") -> Figure | None:
+    """Final test score of each method, a dot for each seed, and the worst tenth of the clients."""
     groups = by_variant(comparison.rows)
-    means, worst = _spreads(comparison, "accuracy_mean"), _spreads(comparison, "accuracy_worst_tenth")
+    metric = comparison.metric
+    key = f"{metric.name}_mean"
+    means, worst = _spreads(comparison, key), _spreads(comparison, f"{metric.name}_worst_tenth")
     names = [name for name in groups if name in means]
     if not names:
         return None
@@ -250,7 +256,7 @@ def final_accuracy(comparison: Comparison, theme: ThemeName = "light") -> Figure
         for place, name in enumerate(names):
             color, mean = style[name].color, means[name]
             ax.barh(place, mean.mean, 0.62, color=pale(color, colors, 0.35))
-            dots = [float(row["accuracy_mean"]) for row in groups[name] if row.get("accuracy_mean") is not None]
+            dots = [float(row[key]) for row in groups[name] if row.get(key) is not None]
             shift = np.linspace(-0.18, 0.18, len(dots)) if len(dots) > 1 else np.zeros(1)
             ax.plot(
                 dots, place + shift, "o", color=color, markersize=5, markeredgecolor=colors.paper, markeredgewidth=0.7
@@ -258,15 +264,13 @@ def final_accuracy(comparison: Comparison, theme: ThemeName = "light") -> Figure
             if name in worst:
                 ax.plot([worst[name].mean] * 2, [place - 0.31, place + 0.31], color=color, linewidth=2.4)
             right = max([*dots, mean.mean])
-            ax.annotate(
-                mean.show(percent), (right, place), (9, 0), textcoords="offset points", va="center", fontweight="bold"
-            )
+            label = mean.show(metric.number)
+            ax.annotate(label, (right, place), (9, 0), textcoords="offset points", va="center", fontweight="bold")
         ax.set_yticks(range(len(names)), [title(name) for name in names], color=colors.ink, fontsize=9.5)
         ax.set_ylim(len(names) - 0.5, -0.5)
-        ax.set_xlim(0, 1)
-        percent_axis(ax, "x")
-        ax.set_xlabel("test accuracy, mean over clients")
-        headline(figure, "Test accuracy")
+        score_axis(ax, metric, "x", whole=True)
+        ax.set_xlabel(f"test {metric.words}, mean over clients")
+        headline(figure, f"Test {metric.words}")
         grey = colors.soft
         ax.legend(
             [
@@ -283,16 +287,17 @@ def final_accuracy(comparison: Comparison, theme: ThemeName = "light") -> Figure
 
 
 def client_profile(comparison: Comparison, theme: ThemeName = "light") -> Figure | None:
-    """Test accuracy of the clients of each method, from the worst to the best served one, mean over seeds.
+    """Test scores of the clients of each method, from the worst to the best served one, mean over seeds.
 
     Clients are matched by their place, not by their id: another seed is another partition, whose client 3 is somebody
     else.
     """
+    metric = comparison.metric
     groups: dict[str, list[list[float]]] = {}
     for name in by_variant(comparison.rows):
         results = [run.results.values() for run in comparison.finished_runs(name) if run.results]
         if results:
-            groups[name] = [[result.accuracy for result in each] for each in results]
+            groups[name] = [[result.score for result in each] for each in results]
     if not groups:
         return None
     columns = min(3 if max(map(len, groups)) <= 20 else 2, len(groups))  # a title must fit over its panel
@@ -306,43 +311,48 @@ def client_profile(comparison: Comparison, theme: ThemeName = "light") -> Figure
         for ax, (name, seeds) in zip(panels.flat, groups.items(), strict=False):
             clean(ax, colors)
             count = max(map(len, seeds))
-            heights = np.mean([np.quantile(each, np.linspace(0, 1, count)) for each in seeds], axis=0)
+            places = np.linspace(*((0, 1) if metric.higher else (1, 0)), count)
+            heights = np.mean([np.quantile(each, places) for each in seeds], axis=0)
             ax.bar(range(count), heights, 0.8 if count <= 50 else 1.0, color=style[name].color)
             ax.axhline(heights.mean(), color=colors.ink, linewidth=1, linestyle=(0, (4, 3)))
-            ax.set_ylim(0, 1)
-            percent_axis(ax)
+            score_axis(ax, metric, whole=True)
             ax.set_xticks([])
-            ax.set_title(f"{title(name)} {percent(heights.mean())}", fontsize=9.5, color=style[name].color, pad=5)
+            ax.set_title(f"{title(name)} {metric.number(heights.mean())}", fontsize=9.5, color=style[name].color, pad=5)
         for ax in panels[:, 0]:
-            ax.set_ylabel("test accuracy")
+            ax.set_ylabel(f"test {metric.words}")
         headline(figure, "Clients from the worst to the best served")
         return figure
 
 
-COMPARE_PICTURES = (
-    ComparePicture(
-        "accuracy-per-byte",
-        "Up is better, left is cheaper. One-off uploads count from the first point on; a method that sends nothing "
-        "is a dashed line at its last accuracy.",
-        accuracy_per_byte,
-    ),
-    ComparePicture(
-        "accuracy-per-round",
-        "Line: mean over seeds. Band: ± one standard deviation over seeds. The number is the last validation accuracy "
-        "in per cent; a dashed line is a method without rounds.",
-        accuracy_per_round,
-    ),
-    ComparePicture(
-        "test-accuracy",
-        "A bar is the mean over seeds; the upright stroke tells how the worst tenth of the clients fare.",
-        final_accuracy,
-    ),
-    ComparePicture(
-        "client-profile",
-        "Each bar is a client's place, not a client: another seed is another partition. Dashed: mean. Flat is fair.",
-        client_profile,
-    ),
-)
+def compare_pictures(metric: Metric) -> tuple[ComparePicture, ...]:
+    """The pictures of runs that are judged by a metric."""
+    better, unit = "Up" if metric.higher else "Down", " in per cent" if metric.percent else ""
+    return (
+        ComparePicture(
+            f"{metric.name}-per-byte",
+            f"{better} is better, left is cheaper. One-off uploads count from the first point on; a method that sends "
+            f"nothing is a dashed line at its last {metric.words}.",
+            score_per_byte,
+        ),
+        ComparePicture(
+            f"{metric.name}-per-round",
+            f"{better} is better. Line: mean over seeds. Band: ± one standard deviation over seeds. The number is the "
+            f"last validation {metric.words}{unit}; a dashed line is a method without rounds.",
+            score_per_round,
+        ),
+        ComparePicture(
+            f"test-{metric.name}",
+            f"A bar is the mean over seeds, the {'longer' if metric.higher else 'shorter'} the better; the upright "
+            "stroke tells how the worst tenth of the clients fare.",
+            final_scores,
+        ),
+        ComparePicture(
+            "client-profile",
+            "Each bar is a client's place, not a client: another seed is another partition. Dashed: mean. Flat is "
+            "fair.",
+            client_profile,
+        ),
+    )
 
 
 def _curves(comparison: Comparison) -> tuple[dict[str, Curve], dict[str, Level]]:
@@ -356,7 +366,7 @@ def _curves(comparison: Comparison) -> tuple[dict[str, Curve], dict[str, Level]]
             curves[name] = each
         elif (last := Spread.of(rows, "validation_mean")) is not None:
             levels[name] = Level(last.mean, "")
-        elif (last := Spread.of(rows, "accuracy_mean")) is not None:
+        elif (last := Spread.of(rows, f"{comparison.metric.name}_mean")) is not None:
             levels[name] = Level(last.mean, " (test)")
     return curves, levels
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from folklora.backbones.metric import ACCURACY, KNOWN, Metric, metric_of
 from folklora.report.figures import RUN_PICTURES
-from folklora.report.figures_compare import COMPARE_PICTURES
+from folklora.report.figures_compare import compare_pictures
 from folklora.report.reading import Comparison, Run, read_comparison, read_run
 from folklora.report.render import Card, Page, Preformatted, Sheet, draw, write_page
 from folklora.report.tables import (
     CHOICE,
-    FIRST,
-    MORE,
     NOTHING,
     Spread,
     by_variant,
+    first_columns,
     grid,
     human_bytes,
     human_seconds,
+    more_columns,
     note,
-    percent,
 )
 
 RUN_PAGE = "`folklora report` on one of these folders writes the page of that run: who holds what, similarities, time."
@@ -90,7 +90,7 @@ def write_compare_report(compare_dir: str | Path) -> Path:
         The folder holds no runs, one of their files is broken, or the report cannot be written.
     """
     comparison = read_comparison(compare_dir)
-    images = draw(comparison, comparison.path / "figures", COMPARE_PICTURES)
+    images = draw(comparison, comparison.path / "figures", compare_pictures(comparison.metric))
     rows = comparison.rows
     notices = []
     waiting = [run.path.name for run in comparison.runs if not run.finished]
@@ -106,8 +106,8 @@ def write_compare_report(compare_dir: str | Path) -> Path:
     tables = []
     if rows:
         tables = [
-            Sheet("Methods, best first", *grid(rows, FIRST), note=note(rows), first_is_best=True),
-            Sheet("More numbers", *grid(rows, MORE), folded=True),
+            Sheet("Methods, best first", *grid(rows, first_columns), note=note(rows), first_is_best=True),
+            Sheet("More numbers", *grid(rows, more_columns), folded=True),
             _runs_sheet(comparison),
         ]
     sources = sorted({_source(run) for run in comparison.runs})
@@ -131,29 +131,37 @@ def write_compare_report(compare_dir: str | Path) -> Path:
 def _run_lead(run: Run) -> str:
     number = len(run.clients)
     clients = f"{number} client{'s' * (number != 1)}"
-    row = run.row or {}
+    row, metric = run.row or {}, run.metric or ACCURACY
     up, once = row.get("bytes_up_per_client_round"), row.get("bytes_once_per_client")
     cost = "" if up is None else f", for {human_bytes(up)} sent per client and round"
     if row.get("rounds") == 0 and once is not None:
         cost = f", for {human_bytes(once)} per client, once"
-    accuracy = row.get("accuracy_mean")
-    if accuracy is not None:
-        return f"{percent(accuracy)} % test accuracy on average over {clients}{cost}."
+    if (score := row.get(f"{metric.name}_mean")) is not None:
+        return f"{_told(metric, 'test', score)} on average over {clients}{cost}."
     if run.evaluated:
         last, validation = run.evaluated[-1]
-        return f"{percent(validation.mean)} % validation accuracy on average over {clients} after round {last}{cost}."
+        return f"{_told(metric, 'validation', validation.mean)} on average over {clients} after round {last}{cost}."
     return f"{clients}; no round has been evaluated yet."
 
 
+def _told(metric: Metric, split: str, score: float) -> str:
+    """``73.0 % test accuracy``, ``Test loss 2.345``."""
+    if metric.percent:
+        return f"{metric.show(score)} {split} {metric.words}"
+    return f"{split.capitalize()} {metric.named(score)}"
+
+
 def _compare_lead(comparison: Comparison) -> str:
-    spreads = {name: Spread.of(group, "accuracy_mean") for name, group in by_variant(comparison.rows).items()}
+    metric = comparison.metric
+    spreads = {name: Spread.of(group, f"{metric.name}_mean") for name, group in by_variant(comparison.rows).items()}
     known = [(name, spread) for name, spread in spreads.items() if spread is not None]
     if not known:
         return "No run has a test result yet."
     (best, top), *others = known
-    lead = f"{best} reaches the highest mean test accuracy, {top.show(percent)} %"
+    superlative = "highest" if metric.higher else "lowest"
+    lead = f"{best} reaches the {superlative} mean test {metric.words}, {top.show(metric.number)}{metric.unit}"
     if others:
-        lead += f"; next is {others[0][0]} with {others[0][1].show(percent)} %"
+        lead += f"; next is {others[0][0]} with {others[0][1].show(metric.number)}{metric.unit}"
     return lead + "."
 
 
@@ -194,41 +202,43 @@ def _run_facts(run: Run, seeds: Sequence[int | None] | None = None) -> list[str]
 
 def _run_cards(run: Run) -> list[Card]:
     cards: list[Card] = []
-    row = run.row or {}
+    row, metric = run.row or {}, run.metric or ACCURACY
 
-    def add(label: str, key: str, number: Callable[[float], str], unit: str = "", remark: str = "") -> None:
+    def add(label: str, key: str, write: Callable[[float], str], remark: str = "") -> None:
         if row.get(key) is not None:
-            cards.append(Card(label, number(row[key]) + unit, remark))
+            cards.append(Card(label, write(row[key]), remark))
 
-    spread = row.get("accuracy_std_clients")
-    beside = f"± {percent(spread)} std over clients" if spread is not None else ""
-    add("Test accuracy, mean", "accuracy_mean", percent, " %", beside)
-    add("Worst tenth of clients", "accuracy_worst_tenth", percent, " %", "test accuracy")
+    def score(label: str, key: str, remark: str) -> None:
+        add(label, f"{metric.name}_{key}", metric.show, remark)
+
+    spread = row.get(f"{metric.name}_std_clients")
+    beside = f"± {metric.number(spread)} std over clients" if spread is not None else ""
+    score(f"Test {metric.words}, mean", "mean", beside)
+    for other in KNOWN.values():
+        if other != metric:
+            add(f"Test {other.words}, mean", f"{other.name}_mean", other.show)
+    score("Worst tenth of clients", "worst_tenth", f"test {metric.words}")
     if run.rounds:
-        add("Tuned at home", "accuracy_tuned_mean", percent, " %", "before the server's last reply")
-        add("Each client's choice", "accuracy_chosen_mean", percent, " %", "with or without that reply, by validation")
-    add("Global model", "accuracy_global", percent, " %", "on the common test set")
+        score("Tuned at home", "tuned_mean", "before the server's last reply")
+        score("Each client's choice", "chosen_mean", "with or without that reply, by validation")
+    score("Global model", "global", "on the common test set")
     if not run.finished and run.evaluated:
         last, validation = run.evaluated[-1]
         remark = f"after round {last}"
-        cards.append(Card("Validation accuracy, mean", f"{percent(validation.mean)} %", remark))
+        cards.append(Card(f"Validation {metric.words}, mean", metric.show(validation.mean), remark))
+        for name, value in validation.beside.items():
+            other = metric_of({"metric": name})
+            cards.append(Card(f"Validation {other.words}, mean", other.show(value), remark))
         if validation.worst_tenth is not None:
-            cards.append(
-                Card("Worst tenth of clients", f"{percent(validation.worst_tenth)} %", f"validation, {remark}")
-            )
+            worst = metric.show(validation.worst_tenth)
+            cards.append(Card("Worst tenth of clients", worst, f"validation, {remark}"))
     down = row.get("bytes_down_per_client_round")
     beside = "per client and round" + (f"; {human_bytes(down)} down" if down is not None else "")
     if run.rounds:
-        add("Sent up", "bytes_up_per_client_round", human_bytes, "", beside)
-    add("Sent once", "bytes_once_per_client", human_bytes, "", "per client, up and down")
+        add("Sent up", "bytes_up_per_client_round", human_bytes, beside)
+    add("Sent once", "bytes_once_per_client", human_bytes, "per client, up and down")
     total = row.get("seconds_total")
-    add(
-        "Training time",
-        "seconds_train",
-        human_seconds,
-        "",
-        f"{human_seconds(total)} in all" if total is not None else "",
-    )
+    add("Training time", "seconds_train", human_seconds, f"{human_seconds(total)} in all" if total is not None else "")
     add("Aggregation error", "aggregation_error", lambda value: f"{value:.3g}")
     return cards
 
@@ -247,21 +257,21 @@ def _clients_sheet(run: Run, drops: Sequence[tuple[int, str, str]]) -> Sheet:
             for client, count in counts.items():
                 total[client] = total.get(client, 0) + count
     last = run.evaluated[-1][1].clients if run.evaluated else {}
+    metric = run.metric or ACCURACY
+    beside = [name for name in KNOWN if any(name in result.beside for result in run.results.values())]
     lines = []
     for client in run.clients[:MOST_LINES]:
         result, size = run.results.get(client), run.examples[client]
-        tuned = result.accuracy_tuned if result else None
-        chosen = result.accuracy_chosen if result else None
+        scores = (last.get(client), *((result.score, result.tuned, result.chosen) if result else (None,) * 3))
+        others = result.beside if result else {}
         lines.append(
             [
                 client,
                 f"{taken[client]} of {len(run.rounds)}",
                 str(dropped.get(client, 0)),
                 *(str(number) for number in (size.train, size.validation, size.test)),
-                percent(last[client]) if client in last else NOTHING,
-                percent(result.accuracy) if result else NOTHING,
-                percent(tuned) if tuned is not None else NOTHING,
-                percent(chosen) if chosen is not None else NOTHING,
+                *(NOTHING if score is None else metric.number(score) for score in scores),
+                *(KNOWN[name].number(others[name]) if name in others else NOTHING for name in beside),
                 human_bytes(sent[client]),
                 human_bytes(received[client]),
             ]
@@ -273,10 +283,8 @@ def _clients_sheet(run: Run, drops: Sequence[tuple[int, str, str]]) -> Sheet:
         "train",
         "validation",
         "test",
-        "last validation %",
-        "test %",
-        "tuned %",
-        "chosen %",
+        *(title + metric.unit for title in ("last validation", "test", "tuned", "chosen")),
+        *(KNOWN[name].words + KNOWN[name].unit for name in beside),
         "sent",
         "received",
     ]
@@ -284,11 +292,12 @@ def _clients_sheet(run: Run, drops: Sequence[tuple[int, str, str]]) -> Sheet:
 
 
 def _runs_sheet(comparison: Comparison) -> Sheet:
+    metric = comparison.metric
     lines = []
     for name, run in zip(comparison.labels, comparison.runs, strict=True):
         row = run.row or {}
         failed = sum(len(line.failed) for line in run.lines)
-        accuracy = row.get("accuracy_mean")
+        score = row.get(f"{metric.name}_mean")
         lines.append(
             [
                 run.path.name,
@@ -296,11 +305,11 @@ def _runs_sheet(comparison: Comparison) -> Sheet:
                 str(run.seed),
                 f"{len(run.rounds)}{', stopped early' if run.stopped_early else ''}",
                 str(failed),
-                NOTHING if accuracy is None else percent(accuracy),
+                NOTHING if score is None else metric.number(score),
                 NOTHING if row.get("seconds_total") is None else human_seconds(row["seconds_total"]),
             ]
         )
-    titles = ["run", "method", "seed", "rounds", "drop-outs", "accuracy %", "time"]
+    titles = ["run", "method", "seed", "rounds", "drop-outs", metric.words + metric.unit, "time"]
     return Sheet("Runs", titles, lines, frozenset({0, 1}), note=RUN_PAGE, folded=True)
 
 

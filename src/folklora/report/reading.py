@@ -7,21 +7,23 @@ contradicts its description is refused with one `RunError` line naming the file 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
+from folklora.backbones.metric import ACCURACY, KNOWN, Metric, metric_of, same_metric
 from folklora.errors import RunError
 
 Row = Mapping[str, Any]
 """The compare row of a finished run: the `row` of its ``summary.json``."""
 
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 INSIGHTS = ("similarity/data", "similarity/model", "similarity/mixed", "weights")
 
 
@@ -32,13 +34,17 @@ class _Record(BaseModel):
 
 
 class Validation(_Record):
-    """Accuracy of a round on the clients' validation splits, in 0..1."""
+    """How the clients' models of a round do on their validation splits, by the metric that is named; ``beside`` are
+    means of others."""
 
+    metric: MetricName = ACCURACY.name
+    higher: bool = ACCURACY.higher
     mean: float
     std: float | None = None
     worst_tenth: float | None = None
     weighted: float | None = None
     clients: dict[str, float] = {}
+    beside: dict[str, float] = {}
 
 
 class Round(_Record):
@@ -65,18 +71,34 @@ class Examples(_Record):
     test: int = 0
 
 
-class ClientResult(_Record):
-    """A client's line in ``summary.json``: its model after the server's last reply, before it, and the one it keeps."""
+@dataclass(frozen=True)
+class ClientResult:
+    """A client's line in ``summary.json``: the score of its model after the server's last reply, of that before it, and
+    of the one it keeps; ``beside`` are other metrics of the first."""
 
-    accuracy: float
-    accuracy_tuned: float | None = None
-    accuracy_chosen: float | None = None
+    score: float
+    tuned: float | None
+    chosen: float | None
+    beside: dict[str, float]
+    examples: Examples
+
+
+class _Client(_Record):
+    model_config = ConfigDict(extra="allow")  # results go by the name of their metric
+
     examples: Examples = Examples()
 
 
+class _Row(_Record):
+    model_config = ConfigDict(extra="allow")
+
+    metric: MetricName = ACCURACY.name
+    higher: bool = ACCURACY.higher
+
+
 class _Summary(_Record):
-    row: dict[str, Any]
-    clients: dict[str, ClientResult] = {}
+    row: _Row
+    clients: dict[str, _Client] = {}
     stopped_early: bool = False
     environment: dict[str, Any] = {}
 
@@ -102,7 +124,7 @@ class _Partition(_Record):
 
 
 class _Compare(_Record):
-    rows: list[dict[str, Any]]
+    rows: list[_Row]
     runs: list[str]
 
 
@@ -172,6 +194,13 @@ class Run:
         return self.row is not None
 
     @property
+    def metric(self) -> Metric | None:
+        """What it is judged by; None as long as it was not."""
+        if self.row is not None:
+            return metric_of(self.row)
+        return metric_of(self.evaluated[-1][1].model_dump()) if self.evaluated else None
+
+    @property
     def lines(self) -> tuple[Round, ...]:
         """All lines of ``metrics.jsonl``: round 0, where there is one, and the rounds."""
         return ((self.once,) if self.once else ()) + self.rounds
@@ -207,6 +236,11 @@ class Comparison:
     labels: tuple[str, ...]
     finished: bool
 
+    @property
+    def metric(self) -> Metric:
+        """What all of them are judged by; accuracy as long as none was."""
+        return next((run.metric for run in self.runs if run.metric is not None), ACCURACY)
+
     def finished_runs(self, name: str) -> list[Run]:
         """The finished runs of one label."""
         return [run for run, own in zip(self.runs, self.labels, strict=True) if own == name and run.finished]
@@ -215,6 +249,17 @@ class Comparison:
 def label(row: Row) -> str:
     """What a row's runs are grouped and shown by: its variant (``celora:similarity=uniform``), else its method."""
     return str(row.get("variant") or row.get("method") or "unknown method")
+
+
+def common_metric(rows: Sequence[Row]) -> Metric:
+    """What all rows are judged by; accuracy where there are none.
+
+    Raises
+    ------
+    RunError
+        If they are judged by different metrics.
+    """
+    return same_metric((label(row), metric_of(row)) for row in rows)
 
 
 def read_run(path: str | Path) -> Run:
@@ -237,8 +282,9 @@ def read_run(path: str | Path) -> Run:
         raise RunError(f"{path / 'recipe.toml'}: not valid TOML: {error}") from None
     partition = _parse(_Partition, path / "partition.json")
     summary = _parse(_Summary, path / "summary.json") if (path / "summary.json").is_file() else None
+    row = summary.row.model_dump(exclude_unset=True) if summary else None
     lines = _rounds(path / "metrics.jsonl")
-    if not lines and summary is not None and summary.row.get("rounds"):
+    if not lines and row is not None and row.get("rounds"):
         raise RunError(f"{path / 'metrics.jsonl'}: missing or empty, though summary.json tells of finished rounds")
     return Run(
         path=path,
@@ -249,8 +295,8 @@ def read_run(path: str | Path) -> Run:
         counts=_counts(partition, path / "partition.json"),
         once=lines[0] if lines and lines[0].round == 0 else None,
         rounds=tuple(line for line in lines if line.round > 0),
-        row=summary.row if summary else None,
-        results=summary.clients if summary else {},
+        row=row,
+        results=_results(summary, path / "summary.json") if summary else {},
         insights=_insights(path / "insight.safetensors", len(partition.clients)),
         stopped_early=summary.stopped_early if summary else False,
         environment=summary.environment if summary else {},
@@ -263,9 +309,14 @@ def read_comparison(path: str | Path) -> Comparison:
     Raises
     ------
     RunError
-        As `read_run`; or the folder holds no runs.
+        As `read_run`; or the folder holds no runs, or runs that are judged by different metrics.
     """
-    path = Path(path)
+    comparison = _read_comparison(Path(path))
+    same_metric(((run.path.name, run.metric) for run in comparison.runs if run.metric is not None), f"{path}: ")
+    return comparison
+
+
+def _read_comparison(path: Path) -> Comparison:
     if not path.is_dir():
         raise RunError(f"{path}: no such folder of compared runs")
     if (path / "compare.json").is_file():
@@ -280,8 +331,9 @@ def read_comparison(path: str | Path) -> Comparison:
         listed = [read_run(path / name) for name in compare.runs]
         # It is written anew after every run: one that stands beside it without a result is in progress.
         waiting = [run for run in _runs_inside(path, set(compare.runs)) if not run.finished]
-        labels = (*map(label, compare.rows), *map(_label_of_folder, waiting))
-        return Comparison(path, tuple(compare.rows), (*listed, *waiting), labels, not waiting)
+        rows = tuple(row.model_dump(exclude_unset=True) for row in compare.rows)
+        labels = (*map(label, rows), *map(_label_of_folder, waiting))
+        return Comparison(path, rows, (*listed, *waiting), labels, not waiting)
     runs = _runs_inside(path, set())
     if not runs:
         raise RunError(f"{path}: not a folder of compared runs (neither compare.json nor run directories in it)")
@@ -334,6 +386,24 @@ def _rounds(path: Path) -> list[Round]:
             raise RunError(f"{path}, line {number}: round {line.round} stands after round {rounds[-1].round}")
         rounds.append(line)
     return rounds
+
+
+def _results(summary: _Summary, path: Path) -> dict[str, ClientResult]:
+    metric = metric_of(summary.row.model_dump(exclude_unset=True))
+    results = {}
+    for client, line in summary.clients.items():
+        told = line.model_extra or {}
+        numbers = {key: float(value) for key, value in told.items() if isinstance(value, int | float)}
+        if metric.name not in numbers:
+            raise RunError(f"{path}: clients.{client}.{metric.name}: no number")
+        results[client] = ClientResult(
+            score=numbers[metric.name],
+            tuned=numbers.get(f"{metric.name}_tuned"),
+            chosen=numbers.get(f"{metric.name}_chosen"),
+            beside={name: numbers[name] for name in KNOWN if name in numbers and name != metric.name},
+            examples=line.examples,
+        )
+    return results
 
 
 def _counts(partition: _Partition, path: Path) -> np.ndarray | None:

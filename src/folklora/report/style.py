@@ -20,6 +20,7 @@ from matplotlib.font_manager import get_font_names
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from folklora.backbones.metric import Metric
 from folklora.report.tables import human_bytes
 
 ThemeName = Literal["light", "dark"]
@@ -164,6 +165,15 @@ def percent_axis(ax: Axes, axis: Literal["x", "y"] = "y") -> None:
     (ax.yaxis if axis == "y" else ax.xaxis).set_major_formatter(
         FuncFormatter(lambda value, _: f"{round(100 * value, 6):g}%")
     )
+
+
+def score_axis(ax: Axes, metric: Metric, axis: Literal["x", "y"] = "y", *, whole: bool = False) -> None:
+    """Scores as they are read: shares as per cent. ``whole``: from nothing, of a share up to all."""
+    if metric.percent:
+        percent_axis(ax, axis)
+    if whole:
+        limits = ax.set_ylim if axis == "y" else ax.set_xlim
+        limits(0, 1 if metric.percent else None)
 
 
 def bytes_axis(ax: Axes, axis: Literal["x", "y"] = "y") -> None:

@@ -14,7 +14,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from folklora.report.reading import Row, label
+from folklora.backbones.metric import KNOWN, Metric
+from folklora.report.reading import Row, common_metric, label
 
 NOTHING = "—"
 
@@ -83,11 +84,6 @@ def human_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def percent(fraction: float) -> str:
-    """A fraction as per cent without its sign: ``73.0``."""
-    return f"{100 * fraction:.1f}"
-
-
 def _seconds(value: float) -> str:
     return f"{value:.1f}"
 
@@ -96,31 +92,56 @@ def _error(value: float) -> str:
     return f"{value:.2g}"
 
 
-COLUMNS = (
-    Column("accuracy %", "accuracy_mean", percent),
-    Column("worst tenth %", "accuracy_worst_tenth", percent),
-    Column("tuned %", "accuracy_tuned_mean", percent),
-    Column("chosen %", "accuracy_chosen_mean", percent),
-    Column("global %", "accuracy_global", percent),
-    Column("up / client / round", "bytes_up_per_client_round", human_bytes, counted=True),
-    Column("once / client", "bytes_once_per_client", human_bytes, counted=True),
-    Column("train s", "seconds_train", _seconds),
-    Column("aggregation error", "aggregation_error", _error),
-)
+SCORES = {
+    "worst tenth": "worst_tenth",
+    "tuned": "tuned_mean",
+    "chosen": "chosen_mean",
+    "global": "global",
+    "weighted": "weighted",
+}
 
 
-# What the page shows at first sight, and what it keeps for those who look closer.
-FIRST = [column for column in COLUMNS if column.title not in {"tuned %", "aggregation error"}]
-MORE = (
-    Column("accuracy %", "accuracy_mean", percent),
-    Column("tuned %", "accuracy_tuned_mean", percent),
-    Column("weighted %", "accuracy_weighted", percent),
-    Column("std over clients", "accuracy_std_clients", percent),
-    Column("down / client / round", "bytes_down_per_client_round", human_bytes, counted=True),
-    Column("rounds", "rounds", "{:g}".format),
-    Column("total s", "seconds_total", _seconds),
-    Column("aggregation error", "aggregation_error", _error),
-)
+def columns(metric: Metric) -> list[Column]:
+    """All that a comparison tells a method by."""
+    return [
+        *_scores(metric, "worst tenth", "tuned", "chosen", "global"),
+        *_beside(metric),
+        Column("up / client / round", "bytes_up_per_client_round", human_bytes, counted=True),
+        Column("once / client", "bytes_once_per_client", human_bytes, counted=True),
+        Column("train s", "seconds_train", _seconds),
+        Column("aggregation error", "aggregation_error", _error),
+    ]
+
+
+def first_columns(metric: Metric) -> list[Column]:
+    """What the page shows at first sight."""
+    later = {f"{metric.name}_tuned_mean", "aggregation_error"}
+    return [column for column in columns(metric) if column.key not in later]
+
+
+def more_columns(metric: Metric) -> list[Column]:
+    """What the page keeps for those who look closer."""
+    return [
+        *_scores(metric, "tuned", "weighted"),
+        Column("std over clients", f"{metric.name}_std_clients", metric.number),
+        Column("down / client / round", "bytes_down_per_client_round", human_bytes, counted=True),
+        Column("rounds", "rounds", "{:g}".format),
+        Column("total s", "seconds_total", _seconds),
+        Column("aggregation error", "aggregation_error", _error),
+    ]
+
+
+def _scores(metric: Metric, *more: str) -> list[Column]:
+    """The mean, and what else is told in the metric."""
+    keys = {metric.words: "mean", **{title: SCORES[title] for title in more}}
+    return [Column(title + metric.unit, f"{metric.name}_{key}", metric.number) for title, key in keys.items()]
+
+
+def _beside(metric: Metric) -> list[Column]:
+    """Other metrics of the same models."""
+    others = [other for other in KNOWN.values() if other != metric]
+    return [Column(other.words + other.unit, f"{other.name}_mean", other.number) for other in others]
+
 
 CHOICE = (
     "Tuned: the model as a client's own training leaves it, before the server's last reply. Chosen: each client keeps, "
@@ -129,21 +150,24 @@ CHOICE = (
 
 
 def by_variant(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each method or variant, sorted by mean accuracy, best first; those without a number come last."""
+    """The rows of each method or variant, best mean first; those without a number come last."""
+    metric = common_metric(rows)
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(label(row), []).append(row)
 
     def place(name: str) -> tuple[float, str]:
-        accuracy = Spread.of(groups[name], "accuracy_mean")
-        return (math.inf if accuracy is None else -accuracy.mean, name)
+        score = Spread.of(groups[name], f"{metric.name}_mean")
+        return (math.inf if score is None else -metric.merit(score.mean), name)
 
     return {name: groups[name] for name in sorted(groups, key=place)}
 
 
-def grid(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> tuple[list[str], list[list[str]]]:
+def grid(
+    rows: Sequence[Row], choice: Callable[[Metric], Sequence[Column]] = columns
+) -> tuple[list[str], list[list[str]]]:
     """Titles and lines of the table as strings, best method first; a column without any number is left out."""
-    shown = [column for column in columns if Spread.of(rows, column.key) is not None]
+    shown = [column for column in choice(common_metric(rows)) if Spread.of(rows, column.key) is not None]
     lines = [
         [name, *(column.show(group) for column in shown), str(len(group))] for name, group in by_variant(rows).items()
     ]
@@ -152,17 +176,19 @@ def grid(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> tuple[list
 
 def note(rows: Sequence[Row]) -> str:
     """How to read the table, in a few sentences."""
+    metric = common_metric(rows)
     seeds = sorted({len(group) for group in by_variant(rows).values()})
     span = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     parts = [
         "One seed a method: no spread is known, so small differences may be chance."
         if seeds == [1]
         else f"Mean ± sample standard deviation over {span} seeds.",
-        "Accuracies are means over the clients' own test splits.",
+        f"{metric.words.capitalize()}: mean over the clients' own test splits; "
+        f"{'higher' if metric.higher else 'lower'} is better.",
     ]
     if Spread.of(rows, "bytes_once_per_client") is not None:
         parts.append("Up: bytes a client sends in a round; once: before the first round, both ways.")
-    if Spread.of(rows, "accuracy_chosen_mean") is not None:
+    if Spread.of(rows, f"{metric.name}_chosen_mean") is not None:
         parts.append(CHOICE)
     return " ".join(parts)
 
@@ -181,8 +207,11 @@ def compare_table(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", note(rows)]) + "\n"
 
 
-# What a narrow terminal does without, in this order; the report has it all.
-SPARE = ("aggregation error", "tuned %", "global %", "seeds", "train s", "chosen %", "once / client", "worst tenth %")
+def _spare(metric: Metric) -> list[str]:
+    """What a narrow terminal does without, in this order; the report has it all."""
+    titles = ["aggregation error", f"tuned{metric.unit}", f"global{metric.unit}", "seeds", "train s"]
+    titles += [column.title for column in _beside(metric)]
+    return [*titles, f"chosen{metric.unit}", "once / client", f"worst tenth{metric.unit}"]
 
 
 @dataclass(frozen=True)
@@ -193,7 +222,7 @@ class ComparisonTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         left_out: list[str] = []
-        spare = [title for title in SPARE if title in grid(self.rows)[0]]
+        spare = [title for title in _spare(common_metric(self.rows)) if title in grid(self.rows)[0]]
         roomy = options.update(max_width=10_000)  # else the answer is cut to the width there is
         while spare and Measurement.get(console, roomy, self._table(left_out)).maximum > options.max_width:
             left_out.append(spare.pop(0))

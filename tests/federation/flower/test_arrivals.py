@@ -86,10 +86,11 @@ def pulled(wire: Wire, tree: ObjectTree) -> Message | None:
 
 def test_a_flat_record_arrives_byte_for_byte() -> None:
     wire, data = Wire(), bytes(range(256)) * 300
-    sent = answer_to(order_message(), {"data": data, "loss": 0.1, "correct": [1, 2], "status": "done"})
+    record = {"data": data, "loss": 0.1, "units": [1, 2], "totals": [0.5, 2.0], "status": "done"}
+    sent = answer_to(order_message(), record)
     message = pulled(wire, wire.offer(sent))
     assert message is not None
-    assert dict(message.content[FIELD]) == {"data": data, "loss": 0.1, "correct": [1, 2], "status": "done"}
+    assert dict(message.content[FIELD]) == record
     assert wire.confirmed == [sent.object_id]
 
 

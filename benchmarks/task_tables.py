@@ -1,0 +1,110 @@
+"""The tables of `tasks.py`'s results, from ``results/tasks.json`` alone; marks as in `accuracy_tables`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from accuracy_tables import COUNTS, NOT_RUN, Column, Row, _bytes, label, load, markdown
+
+from folklora.backbones.metric import KNOWN, Metric, metric_of
+
+SIGNS = {"local:train.rounds=0": "*checkpoint as it is*"}
+
+
+def spread(values: Iterable[float], metric: Metric, planned: int) -> str:
+    """Mean and standard deviation over seeds, in the metric's own form, and how many seeds where some are missing."""
+    found = list(values)
+    if not found:
+        return "-"
+    text = metric.number(statistics.fmean(found))
+    text += f" ± {metric.number(statistics.stdev(found))}" if len(found) > 1 else ""
+    return text if len(found) >= planned else f"{text} ({len(found)} of {planned})"
+
+
+def task(name: str) -> Callable[[], str]:
+    """One task: what each method reaches, for the mean client and the worst tenth, and what it sends."""
+
+    def table() -> str:
+        document = load("tasks")
+        told = document["tasks"].get(name)
+        rows: list[Row] = [row for row in document["rows"] if row["task"] == name]
+        if told is None or not rows:
+            return NOT_RUN
+        metric, planned = metric_of(rows[0]), document["seeds"]
+        of = {variant: [row for row in rows if row["variant"] == variant] for variant in told["variants"]}
+        merits = {
+            v: {row["seed"]: metric.merit(row[f"{metric.name}_mean"]) for row in found} for v, found in of.items()
+        }
+        judged = Column.of({v: seeds for v, seeds in merits.items() if seeds})
+        besides = [m for key, m in KNOWN.items() if key != metric.name and f"{key}_mean" in rows[0]]
+        lines = []
+        for variant, found in of.items():
+            if not found:
+                continue
+            shown = judged.mark(variant, spread((row[f"{metric.name}_mean"] for row in found), metric, planned))
+            worst = spread((row[f"{metric.name}_worst_tenth"] for row in found), metric, planned)
+            more = [spread((row[f"{m.name}_mean"] for row in found), m, planned) for m in besides]
+            rate = "-" if variant in SIGNS else f"{found[0]['lr']:g}"
+            lines.append([SIGNS.get(variant) or label(variant), shown, worst, *more, rate, *_bytes(found)])
+        counts = "-" if judged.difference is None else metric.number(judged.difference)
+        lines.append([COUNTS, counts, *[""] * (len(besides) + 5)])
+        header = ["method", f"{metric.words}{metric.unit}", "worst tenth", *(f"{m.words}{m.unit}" for m in besides)]
+        done, all_ = len(rows), planned * len(told["variants"])
+        note = f"\n*Partial: {done} of {all_} runs are done.*\n" if done < all_ else ""
+        return markdown([*header, "lr", "up, client and round", "down", "once"], lines) + note
+
+    return table
+
+
+def settings() -> str:
+    """What the recipes are, as they were run."""
+    lines = [
+        [
+            name,
+            f"`{told['recipe']}`",
+            told["task"],
+            told["split"],
+            str(_clients(name) or "-"),
+            str(told["examples"] or "all"),
+            str(told["rounds"]),
+            str(told["batch"]),
+        ]
+        for name, told in load("tasks")["tasks"].items()
+    ]
+    header = ["task", "recipe", "kind", "split", "clients", "examples", "rounds", "batch"]
+    return markdown(header, lines, left=4)
+
+
+def _clients(name: str) -> int | None:
+    return next((row["clients"] for row in load("tasks")["rows"] if row["task"] == name), None)
+
+
+def checkpoints() -> str:
+    """What the pretrainings say of themselves: size, length, and quality on held-out data."""
+    lines = []
+    for name, quality in load("tasks")["checkpoints"].items():
+        size = f"{quality['parameters'] / 1e6:.1f} M"
+        for data, found in quality["heldout"].items():
+            lines.append([name, size, f"{quality['steps']:,}", data, _told(found)])
+    return markdown(["checkpoint", "parameters", "steps", "held-out data", "quality"], lines, left=1)
+
+
+def _told(found: dict[str, Any]) -> str:
+    if "bits_per_byte" in found:
+        return f"{found['bits_per_byte']:.2f} bits a byte, perplexity {found['perplexity']:.1f} a token"
+    shares = {key: value for key, value in found.items() if isinstance(value, float)}
+    return ", ".join(f"{key.replace('_', ' ')} {100 * value:.1f} %" for key, value in shares.items())
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "tasks-checkpoints": ("tasks", checkpoints),
+    "tasks-settings": ("tasks", settings),
+    "tasks-fashion": ("tasks", task("fashion, Dirichlet 0.5")),
+    "tasks-emoji": ("tasks", task("emoji by group")),
+    "tasks-shakespeare": ("tasks", task("shakespeare by role")),
+    "tasks-dolly": ("tasks", task("dolly by category")),
+    "tasks-dolly-dirichlet": ("tasks", task("dolly, Dirichlet 0.5")),
+}
+"""Marker -> the results it needs, and what makes it."""

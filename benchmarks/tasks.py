@@ -1,0 +1,256 @@
+"""Methods on the tasks beside text classification: text generation (dolly, shakespeare) and pictures (emoji, fashion).
+
+    python benchmarks/tasks.py                                  # after `make models`; --runs runs/tasks
+    python benchmarks/tasks.py --only "emoji,fashion" --methods fedit,celora
+    python benchmarks/tasks.py --list                           # what is done and what is left
+    python benchmarks/tasks.py --collect                        # only rewrite the results from the runs
+
+Each task is a shipped recipe. The learning rate of every method is chosen from one grid, by the validation split of
+seed 0; the run that won is that seed's result, and the other seeds run at its rate. Test data is read once, at the end
+of each run. As in `accuracy.py` any number of processes can share ``--runs``: kill them at any time, what is finished
+is reused and what was begun goes on. Runs of another checkpoint or other data lie apart and are never mixed in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import RESULTS, environment
+from accuracy import Bench, Row, claimed, perform
+
+from folklora.backbones.metric import metric_of
+from folklora.federation.run import run_name, variant
+from folklora.recipe import Recipe
+from folklora.report.tables import human_seconds
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+SEEDS = 3
+GRID = ("1e-3", "3e-3", "1e-2")
+METHODS = ("local", "fedit", "ffa", "fedsa", "celora")
+UNTRAINED = "local:train.rounds=0"
+"""The checkpoint as it comes: what all methods start from."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recipe, and what is another in it.
+
+    Generation is left to `folklora run`: it costs more than the training does, and says little of models this small.
+    """
+
+    name: str
+    file: str
+    changes: tuple[str, ...] = ()
+
+    def recipe(self) -> Recipe:
+        return Recipe.read(RECIPES / self.file, ["eval.generate=[]", *self.changes])
+
+    def made_of(self) -> str:
+        """In short what its results rest on beside the methods: the recipe, the weights, the examples."""
+        document = self.recipe().model_dump(mode="json")
+        files = Path(document["model"].pop("name")) / "model.safetensors", Path(document["data"].pop("source"))
+        told = [document, *(_digest(file) for file in files)]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+TASKS = (
+    Task("fashion, Dirichlet 0.5", "fashion.toml"),
+    Task("emoji by group", "emoji.toml"),
+    Task("shakespeare by role", "shakespeare.toml"),
+    Task("dolly by category", "dolly.toml"),
+    Task("dolly, Dirichlet 0.5", "dolly.toml", ("data.partition=dirichlet", "data.clients=10", "data.alpha=0.5")),
+)
+
+
+@cache
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a variant of a task, as `folklora compare --methods` takes it, at a learning rate and with a seed."""
+
+    task: Task
+    variant: str
+    rate: str
+    seed: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.task.name}: {self.variant}, lr {self.rate}, seed {self.seed}"
+
+    @property
+    def entry(self) -> str:
+        return f"{self.variant}:train.lr={self.rate}"
+
+    def folder(self, runs: Path) -> Path:
+        name = re.sub(r"[^\w.]+", "-", self.task.name).strip("-")
+        return runs / f"{name}-{self.task.made_of()}" / run_name(self.entry, self.seed)
+
+
+def grid(variant: str) -> tuple[str, ...]:
+    return GRID[:1] if variant == UNTRAINED else GRID
+
+
+@dataclass
+class Tasks:
+    """Where runs and results lie; what has been read of them."""
+
+    bench: Bench  # its files, and the lock on them
+    tasks: Sequence[Task]
+    variants: Sequence[str]
+    read: dict[Path, Row] = field(default_factory=dict)
+
+    def finished(self, cell: Cell) -> Row | None:
+        path = cell.folder(self.bench.runs)
+        if path not in self.read:
+            if not (path / "summary.json").exists():
+                return None
+            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+            self.read[path] = {**summary["row"], "clients": len(summary["clients"])}
+        return self.read[path]
+
+    def validation(self, task: Task, variant: str) -> dict[str, float]:
+        """Rate -> the merit of its validation score, of the runs that are done."""
+        found = {}
+        for rate in grid(variant):
+            if (row := self.finished(Cell(task, variant, rate, 0))) is not None:
+                found[rate] = metric_of(row).merit(row["validation_mean"])
+        return found
+
+    def chosen(self, task: Task, variant: str) -> str | None:
+        found = self.validation(task, variant)
+        return max(found, key=found.__getitem__) if len(found) == len(grid(variant)) else None
+
+    def plan(self) -> Iterator[Cell]:
+        """All runs: the rates of seed 0 of every task first, then the other seeds at the rates that are chosen."""
+        for task in self.tasks:
+            for name in self.variants:
+                yield from (Cell(task, name, rate, 0) for rate in grid(name))
+        for seed in range(1, SEEDS):
+            for task in self.tasks:
+                for name in self.variants:
+                    yield Cell(task, name, self.chosen(task, name) or "", seed)
+
+    def left(self) -> list[Cell]:
+        return [cell for cell in self.plan() if not cell.rate or self.finished(cell) is None]
+
+    def collect(self) -> None:
+        """Rewrite ``tasks.json`` from the runs on disk; rows of tasks and methods not asked for now stay."""
+        with self.bench.locked():
+            before = self.bench.load("tasks")
+            rows = {(row["task"], row["variant"], row["seed"]): row for row in before.get("rows", [])}
+            told = dict(before.get("tasks", {}))
+            for task in self.tasks:
+                made_of = task.made_of()
+                if told.get(task.name, {}).get("made_of") != made_of:
+                    rows = {key: row for key, row in rows.items() if key[0] != task.name}
+                    told[task.name] = {**_described(task), "made_of": made_of, "variants": [], "validation": {}}
+                here = told[task.name]
+                for name in self.variants:
+                    here["variants"] = list(dict.fromkeys([*here["variants"], name]))
+                    merits = self.validation(task, name)
+                    here["validation"] = {**here["validation"], name: merits} if merits else here["validation"]
+                    rate = self.chosen(task, name)
+                    for seed in range(SEEDS) if rate else ():
+                        if (row := self.finished(Cell(task, name, rate, seed))) is not None:
+                            known = {"task": task.name, "variant": name, "lr": float(rate)}
+                            rows[task.name, name, seed] = {**row, **known}
+            order = [task.name for task in TASKS]
+            where = environment(torch.device("cpu"), torch.float32)
+            document = {"environment": where, "grid": GRID, "seeds": SEEDS, "checkpoints": _checkpoints(self.tasks)}
+            told = dict(sorted(told.items(), key=lambda item: order.index(item[0])))
+            self.bench.write("tasks", {**before, **document, "tasks": told, "rows": list(rows.values())})
+
+
+def _described(task: Task) -> dict[str, Any]:
+    """What the tables tell of a task."""
+    recipe = task.recipe()
+    data, train = recipe.data, recipe.train
+    split = f"by {data.by}" if data.partition == "natural" else f"{data.partition} {data.alpha:g}"
+    told = {"recipe": task.file, "task": recipe.model.task, "split": split, "examples": data.limit}
+    return {**told, "rounds": train.rounds, "batch": train.batch_size}
+
+
+def _checkpoints(tasks: Sequence[Task]) -> Mapping[str, Any]:
+    """How good they are before, as their pretraining states it beside them."""
+    folders = {Path(task.recipe().model.name) for task in tasks}
+    files = {folder.name: folder / "quality.json" for folder in sorted(folders)}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
+
+
+def work(tasks: Tasks) -> dict[str, str]:
+    """Run what is not finished and not another process's, as long as there is any; returns what failed and why."""
+    failed: dict[str, str] = {}
+    while ready := [cell for cell in tasks.left() if cell.rate and cell.label not in failed]:
+        ran = False
+        for cell in ready:
+            path = cell.folder(tasks.bench.runs)
+            with claimed(path, tasks.bench.runs) as mine:
+                if not mine or tasks.finished(cell) is not None:
+                    continue
+                started = time.perf_counter()
+                try:
+                    row = perform(variant(cell.task.recipe(), cell.entry, cell.seed), path)
+                except Exception as error:  # one method's bug must not end everybody's night
+                    failed[cell.label] = f"{type(error).__name__}: {error}"
+                    print(f"{cell.label}: failed: {failed[cell.label]}", file=sys.stderr, flush=True)
+                    continue
+            ran = True
+            tasks.collect()
+            metric, taken = metric_of(row), human_seconds(time.perf_counter() - started)
+            score = f"{metric.words} {metric.show(row[metric.name + '_mean'])}"
+            print(f"{cell.label}: {score} in {taken}; {len(tasks.left())} runs left", file=sys.stderr, flush=True)
+            break  # what is most telling next may be another now
+        if not ran:
+            break
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/tasks"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--only", default="", help="tasks whose name holds one of these, with commas")
+    parser.add_argument("--methods", default=",".join(METHODS), help="as `folklora compare --methods`")
+    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
+    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
+    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    only = [text for text in given.only.split(",") if text]
+    chosen = [task for task in TASKS if not only or any(text in task.name for text in only)]
+    methods = [name for name in given.methods.split(",") if name]
+    bench = Bench(given.runs.resolve(), given.results, {})
+    try:
+        tasks = Tasks(bench, chosen, [UNTRAINED, *methods])
+        left = tasks.left()
+    except OSError as error:
+        raise SystemExit(f"{error.filename}: {error.strerror}; `make models` makes it") from None
+    failed = {} if given.list or given.collect else work(tasks)
+    if not given.list:
+        tasks.collect()
+        left = tasks.left()
+    for cell in left if given.list else ():
+        print(f"left: {cell.label}", file=sys.stderr)
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    print(json.dumps({"benchmark": "tasks", "left": len(left), "failed": len(failed)}))
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What `tasks.py` runs, chooses and keeps, with runs that only write down what they were asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import accuracy_tables
+import pytest
+import task_tables
+import tasks
+
+from folklora.recipe import Recipe
+
+BEST = {"local": 1e-3, "fedit": 1e-2, "celora": 3e-3}
+START = {"local": 2.0, "fedit": 1.5, "celora": 1.0}
+RECIPE = """
+[model]
+name = "model"
+task = "causal-lm"
+[data]
+source = "data.jsonl"
+"""
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Runs the harness on one task, of which `fails` cannot be run; `asked` are the runs it performed."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    (tmp_path / "few.toml").write_text(RECIPE)
+    found = SimpleNamespace(asked=[], fails=set(), folder=tmp_path, results=tmp_path / "results")
+
+    def perform(recipe: Recipe, path: Path) -> dict[str, object]:
+        method, rate = recipe.method.name, recipe.train.lr
+        if method in found.fails:
+            raise RuntimeError("broken")
+        found.asked.append((method, rate, recipe.seed))
+        # The further from its own best rate, the larger the loss; the smaller, the better.
+        value = START[method] + (0 if rate == BEST[method] else 1) + 0.01 * recipe.seed + 5 * (recipe.train.rounds == 0)
+        row = {"metric": "loss", "higher": False, "loss_mean": value, "loss_worst_tenth": value + 1, "rounds": 1}
+        row |= dict.fromkeys(("bytes_up_per_client_round", "bytes_down_per_client_round", "bytes_once_per_client"), 8.0)
+        row |= {"validation_mean": value, "perplexity_mean": 9.0}
+        path.mkdir(parents=True)
+        (path / "summary.json").write_text(json.dumps({"row": row, "clients": {"a": {}, "b": {}}}))
+        return row
+
+    def run(*given: str) -> dict[str, object]:
+        base = ["tasks.py", "--runs", str(tmp_path / "runs"), "--results", str(found.results), "--threads", "1"]
+        monkeypatch.setattr(sys, "argv", [*base, "--methods", ",".join(BEST), *given])
+        with pytest.raises(SystemExit) as left:
+            tasks.main()
+        found.status = left.value.code
+        file = found.results / "tasks.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    found.run = run
+    monkeypatch.setattr(tasks, "RECIPES", tmp_path)
+    monkeypatch.setattr(tasks, "TASKS", (tasks.Task("few", "few.toml"),))
+    monkeypatch.setattr(tasks, "perform", perform)
+    tasks._digest.cache_clear()
+    return found
+
+
+def test_every_method_runs_all_seeds_at_the_rate_of_its_lowest_validation_loss(bench: SimpleNamespace) -> None:
+    document = bench.run()
+    assert bench.status == 0
+    rows = {(row["variant"], row["seed"]): row for row in document["rows"]}
+    assert len(rows) == len(document["rows"]) == 4 * 3
+    for method, rate in BEST.items():
+        assert [rows[method, seed]["lr"] for seed in range(3)] == [rate] * 3
+        # All rates on seed 0, whose best is not run again.
+        assert sorted(r for m, r, s in bench.asked if m == method and s == 0 and r != 0.001) == [3e-3, 1e-2]
+        assert [(r, s) for m, r, s in bench.asked if m == method and s > 0 and r == rate][-2:] == [(rate, 1), (rate, 2)]
+    assert len(bench.asked) == 3 + 3 * (3 + 2)
+    assert document["tasks"]["few"]["validation"]["celora"]["3e-3"] == -1.0  # as a merit
+
+
+def test_what_is_done_is_not_run_again_but_for_another_checkpoint(bench: SimpleNamespace) -> None:
+    first = bench.run()
+    bench.asked.clear()
+    assert bench.run()["rows"] == first["rows"]
+    assert not bench.asked
+    (bench.folder / "model" / "model.safetensors").write_bytes(b"other weights")
+    tasks._digest.cache_clear()
+    bench.run("--collect")
+    assert not json.loads((bench.results / "tasks.json").read_text())["rows"]
+    bench.run()
+    assert len(bench.asked) == 18
+
+
+def test_methods_and_results_of_other_sittings_stay(bench: SimpleNamespace) -> None:
+    bench.run("--methods", "fedit")
+    document = bench.run("--methods", "celora")
+    assert {row["variant"] for row in document["rows"]} == {tasks.UNTRAINED, "fedit", "celora"}
+
+
+def test_one_method_that_fails_does_not_stop_the_others(bench: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
+    bench.fails = {"fedit"}
+    document = bench.run()
+    assert bench.status == 1
+    assert {row["variant"] for row in document["rows"]} == {tasks.UNTRAINED, "local", "celora"}
+    assert "few: fedit, lr 1e-3, seed 0: RuntimeError: broken" in capsys.readouterr().err
+
+
+def test_the_list_runs_and_writes_nothing(bench: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
+    assert bench.run("--list") == {}
+    assert not bench.asked
+    assert "left: few: celora, lr 1e-2, seed 0" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_named(bench: SimpleNamespace) -> None:
+    (bench.folder / "model" / "model.safetensors").unlink()
+    bench.run()
+    assert "model.safetensors" in bench.status
+    assert "make models" in bench.status
+
+
+def test_the_table_marks_the_lowest_loss(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.run()
+    monkeypatch.setattr(accuracy_tables, "RESULTS", bench.results)
+    lines = task_tables.task("few")().splitlines()
+    cells = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1] for line in lines[2:]}
+    assert cells["celora"] == "**1.010 ± 0.010**"
+    assert cells["fedit"] == "1.510 ± 0.010"
+    assert cells["*checkpoint as it is*"] == "8.010 ± 0.010"
+    assert "Partial" not in lines[-1]

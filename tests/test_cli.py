@@ -23,6 +23,8 @@ CLASSES = ("amber", "blue", "cyan", "dun")
 ROW = {  # the list, and what the report needs beside it
     "method",
     "seed",
+    "metric",
+    "higher",
     "accuracy_mean",
     "accuracy_std_clients",
     "accuracy_worst_tenth",
@@ -142,7 +144,7 @@ def test_compare_prints_one_json_document_and_nothing_else(folklora: Command, re
     ]
     for row in document["rows"]:
         assert row.keys() >= ROW
-        for key in ROW - {"method", "accuracy_global", "aggregation_error"}:
+        for key in ROW - {"method", "metric", "accuracy_global", "aggregation_error"}:
             assert isinstance(row[key], int | float), key
         assert (row["accuracy_global"] is None) == (row["method"] != "fedit")
         assert (row["aggregation_error"] is None) == (row["method"] == "local")
@@ -188,6 +190,17 @@ def test_compare_refuses_what_a_method_cannot_do_before_any_work(
     assert ran.code == 2
     assert "scaffold" in ran.err
     assert len(ran.err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_refuses_runs_that_are_judged_differently_before_any_work(
+    folklora: Command, recipe: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    words = "local:model.task=causal-lm:model.template=say {}:data.prompt=text:data.response=label:data.label=label"
+    on_gpt2 = ("--set", f"model.name={tiny_model('gpt2')}")
+    ran = folklora("compare", recipe, "--methods", f"local,{words}", "--out", tmp_path / "out", *on_gpt2)
+    assert "local by accuracy and local:model.task=causal-lm" in mistake(ran)
+    assert "by loss: runs that are judged differently cannot be compared; allowed: one metric" in ran.err
     assert not (tmp_path / "out").exists()
 
 

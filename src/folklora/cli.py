@@ -275,6 +275,28 @@ def predict(
             out.print(f"{what}  ({100 * found['probability']:.1f} %)  {asked}", soft_wrap=True)
 
 
+@app.command()
+def chat(
+    path: RunFolder,
+    client: Annotated[str, typer.Option(help="The client's id")],
+    prompt: Annotated[str | None, typer.Option(help="One question; default: lines from standard input")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest, with this probability")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn")] = 0,
+    tuned: Tuned = False,
+    as_json: Json = False,
+) -> None:
+    """Talk with one client's own model: /reset forgets what was said, /quit or Ctrl-D ends."""
+    from folklora.federation.chat import open_conversation
+    from folklora.talk import talk
+    from folklora.training.generation import Sampling
+
+    sampling = Sampling(temperature, top_p, seed)
+    conversation = open_conversation(path, client, tuned=tuned, max_new_tokens=max_new_tokens, sampling=sampling)
+    talk(conversation, prompt, as_json=as_json)
+
+
 @federation_app.command("init")
 def federation_init(
     folder: Annotated[Path, typer.Argument(help="New folder", show_default=False)],

@@ -140,3 +140,22 @@ def test_moving_to_a_device_keeps_everything() -> None:
         batch.sequence_offsets,
         batch.packed,
     )
+
+
+def test_a_clients_batch_repeated_is_that_of_clients_who_have_the_same() -> None:
+    group = [list(range(1, 1 + length)) for length in (5, 3, 7, 2, 9, 4, 4)]
+    for made, expected in (
+        (pack([group], 0, limit=12), pack([group] * 3, 0, mixed=False, limit=12)),
+        (pad([group], 0), pad([group] * 3, 0)),
+    ):
+        found = repeat(made, 3)
+        for field in fields(Batch):
+            mine, theirs = getattr(found, field.name), getattr(expected, field.name)
+            assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs, field.name
+
+
+def test_rows_are_no_longer_than_the_limit() -> None:
+    group = [[1] * 5] * 40
+    assert pack([group], 0).row_length > 17
+    assert pack([group], 0, limit=17).row_length <= 17
+    assert pack([group], 0, limit=3).row_length == 5

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from folklora.backbones.classification import LinearHead
+from folklora.backbones.metric import LOSS, Score
 from folklora.data.partition import to_json
 from folklora.federation.local import LocalEngine
 from folklora.federation.network import begin, host, reopen
@@ -69,6 +72,19 @@ def play(tmp_path: Path) -> Callable[..., Played]:
         return Played(setup, directory, made, rounds, rounds.play())
 
     return make
+
+
+@pytest.fixture
+def judged_by_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classifiers are judged by the nats of the right class, as language models by those of a token."""
+
+    def score(self: LinearHead, answers: np.ndarray, labels: np.ndarray) -> Score:
+        logits = answers.astype(np.float64)
+        nats = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+        return Score(float(nats.sum()), len(labels), {"perplexity": float(np.exp(nats.mean()))})
+
+    monkeypatch.setattr(LinearHead, "metric", LOSS)
+    monkeypatch.setattr(LinearHead, "score", score)
 
 
 @pytest.fixture(scope="session")

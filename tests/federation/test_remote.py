@@ -49,6 +49,7 @@ RECIPES: dict[str, list[str]] = {
     "scaffold": ["method.name=fedit", "method.scaffold=true", "train.optimizer=sgd", *HALF],
     "moments are kept": ["method.name=fedit", "train.optimizer_state=kept", "message.dtype=float16"],
     "promotion": ["method.name=replication", "adapter.promote=6", "train.rounds=3"],
+    "less is better": ["method.name=fedit", "train.patience=1", "train.rounds=3"],
     "the best round": ["method.name=fedit", "train.patience=1", "train.rounds=4", "train.lr=0.5"],
 }
 
@@ -67,8 +68,14 @@ def close(found: Any, wanted: Any, where: str = "") -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_network_run_is_the_local_run(
-    tiny_recipe: Callable[..., Any], federated: Callable[..., Any], tmp_path: Path, name: str
+    tiny_recipe: Callable[..., Any],
+    federated: Callable[..., Any],
+    tmp_path: Path,
+    name: str,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if name == "less is better":
+        request.getfixturevalue("judged_by_loss")
     # A member trains alone. Beside others, sums differ in their last digits, and Adam makes much of those.
     recipe = tiny_recipe("train.cohort=1", "data.limit=80", *RECIPES[name])
     fed = federated(recipe)
@@ -480,6 +487,9 @@ def test_a_sketch_that_cannot_be_fails_its_sender_once(
     [
         {"totals": [1e6], "units": [10**6]},
         {"totals": [5.0], "units": [4]},
+        {"totals": [0.5]},
+        {"beside": ["validation"], "beside_of": [0], "beside_values": [1.0]},
+        {"beside": ["rouge_l"], "beside_of": [0], "beside_values": [2.0]},
         {"totals": [], "units": []},
         {"totals": [1.0, 1.0], "units": [1, 1]},
     ],
@@ -494,6 +504,42 @@ def test_scores_that_cannot_be_are_left_out(
     summary = fed.play()
     assert fed.lines[1]["validation"]["clients"].keys() == {"0"}
     assert summary["missing"] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "taken"),
+    [
+        ({"totals": [3e38], "beside_values": [3e38]}, True),
+        ({"totals": [1e308]}, False),
+        ({"totals": [-1.0]}, False),
+        ({"units": [10**6]}, False),
+        ({"units": [0]}, False),
+        ({"beside": ["loss"]}, False),
+        ({"beside": ["accuracy"], "beside_values": [1.5]}, False),
+        ({"beside_of": [3]}, False),
+    ],
+)
+def test_no_number_of_a_loss_breaks_the_run(
+    tiny_recipe: Callable[..., Any],
+    federated: Callable[..., Any],
+    scores: dict[str, Any],
+    taken: bool,
+    judged_by_loss: None,
+) -> None:
+    def tamper(order: Order, answer: dict[str, Any]) -> list[dict[str, Any]]:
+        if (order.client, order.kind) != ("1", "score"):
+            return [answer]
+        several = {
+            name: values * len(order.questions) for name, values in scores.items() if name in ("totals", "units")
+        }
+        return [{**answer, **scores, **several} if order.round == 1 and len(order.questions) == 1 else answer]
+
+    fed = federated(tiny_recipe(*TWO, "train.patience=3"), TWO_IDS, tamper=tamper)
+    summary = fed.play()
+    assert ("1" in fed.lines[1]["validation"]["clients"]) == taken
+    assert summary["clients"].keys() == {"0", "1"}
+    assert 0 < summary["row"]["loss_mean"] < 10
+    assert json.loads((fed.path / "summary.json").read_text())["row"]["metric"] == "loss"
 
 
 def test_what_comes_twice_or_late_is_not_counted(

@@ -24,7 +24,6 @@ from folklora.federation.engine import Asked, Upload
 from folklora.federation.local import LocalEngine
 from folklora.federation.rounds import Rounds, Silent
 from folklora.federation.rundir import RunDirectory
-from folklora.federation.scores import summarise
 from folklora.federation.setup import Setup
 from folklora.methods import METHODS as ALL
 from folklora.methods.base import Message
@@ -368,16 +367,65 @@ def test_zero_rounds_evaluate_what_was_there(tiny_recipe: Any, play: Play) -> No
     assert 0 <= played.summary["row"]["accuracy_mean"] <= 1
 
 
-def test_the_spread_over_clients() -> None:
-    scores = {str(i): Score(i, 20) for i in range(20)} | {"big": Score(500, 500)}
-    found = summarise(scores, ACCURACY)
-    accuracies = [i / 20 for i in range(20)] + [1.0]
-    assert found["mean"] == pytest.approx(np.mean(accuracies))
-    assert found["std"] == pytest.approx(np.std(accuracies))
-    assert found["worst_tenth"] == pytest.approx((0 + 1 / 20) / 2)  # two of 21
-    assert found["weighted"] == pytest.approx((sum(range(20)) + 500) / 900)
-    assert found["clients"]["7"] == pytest.approx(7 / 20)
-    assert summarise({"a": Score(1, 4)}, ACCURACY)["worst_tenth"] == 0.25
+# -- where less is better ---------------------------------------------------------------------------------------------
+
+
+def test_early_stopping_on_a_loss_goes_back_to_the_least(tiny_recipe: Any, play: Play, judged_by_loss: None) -> None:
+    recipe = tiny_recipe("method.name=fedit", "train.rounds=9", "train.patience=2")
+    played = play(recipe, lambda setup: Scripted(setup, [50, 40, 45, 40, 1, 1, 1, 1, 1]))
+    assert [line["round"] for line in played.lines] == [0, 1, 2, 3, 4]
+    assert played.summary["row"]["rounds"] == 2
+
+
+def test_a_run_that_is_judged_by_its_loss(tiny_recipe: Any, play: Play, judged_by_loss: None) -> None:
+    """Every number against the clients' own, which are those of the scores' definition."""
+    found = play(tiny_recipe("method.name=fedit", "train.rounds=2"))
+    row, clients = found.row, found.summary["clients"]
+    losses = [result["loss"] for result in clients.values()]
+    assert (row["metric"], row["higher"]) == ("loss", False)
+    assert row["loss_mean"] == pytest.approx(np.mean(losses))
+    assert row["loss_worst_tenth"] == max(losses)
+    assert row["perplexity_mean"] == pytest.approx(np.mean(np.exp(losses)))
+    assert row["loss_chosen_mean"] == pytest.approx(np.mean([result["loss_chosen"] for result in clients.values()]))
+    assert all(r["loss_chosen"] in (r["loss"], r["loss_tuned"]) for r in clients.values())
+    assert row["loss_global"] > 0
+    assert not [name for name in row if name.startswith("accuracy")]
+    last = found.lines[-1]["validation"]
+    assert (last["metric"], last["mean"]) == ("loss", row["validation_mean"])
+    assert last["beside"]["perplexity"] == pytest.approx(np.mean(np.exp(list(last["clients"].values()))))
+    # Before the first round a head of zeros holds all four classes for equally likely.
+    start = play(tiny_recipe("method.name=fedit", "train.rounds=0")).row
+    assert [start[key] for key in ("loss_mean", "loss_weighted", "perplexity_mean")] == pytest.approx(
+        [math.log(4)] * 2 + [4]
+    )
+
+
+def test_the_clients_with_the_least_loss_are_promoted(tiny_recipe: Any, play: Play, judged_by_loss: None) -> None:
+    class Graded(LocalEngine):
+        def scores(self, clients: Sequence[str], questions: Sequence[Asked]) -> list[dict[str, Score]]:
+            return [{client: Score(1.0 + int(client), 1) for client in clients} for _ in questions]
+
+    settings = ("adapter.promote=6", "adapter.promote_share=0.5", "train.rounds=2")
+    found = play(tiny_recipe("method.name=replication", *settings), Graded)
+    assert found.rounds.state["promoted"].tolist() == [0, 1]
+
+
+def test_a_model_that_diverged_is_scored_badly_and_the_run_ends(
+    tiny_recipe: Any, play: Play, judged_by_loss: None
+) -> None:
+    class Diverged(LocalEngine):
+        def scores(self, clients: Sequence[str], questions: Sequence[Asked]) -> list[dict[str, Score]]:
+            bad = Score(math.nan, 7, {"perplexity": math.inf})
+            return [{**found, "1": bad} for found in super().scores(clients, questions)]
+
+        def global_score(self, tensors: Tensors) -> Score | None:
+            return Score(math.inf, 7)
+
+    found = play(tiny_recipe("method.name=fedit", "train.patience=5"), Diverged)
+    assert found.summary["clients"]["1"]["loss"] > 1e37
+    assert found.row["loss_worst_tenth"] == found.summary["clients"]["1"]["loss"]
+    assert found.row["loss_global"] > 1e37
+    assert found.lines[1]["validation"]["clients"]["0"] < 10
 
 
 # -- nothing but the recipe decides ------------------------------------------------------------------------------------

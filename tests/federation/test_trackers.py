@@ -35,6 +35,16 @@ def expected(path: Path) -> dict[tuple[str, int], float]:
     return {(name, line["round"]): value for line in lines for name, value in scalars(line).items()}
 
 
+def test_other_metrics_have_curves_too() -> None:
+    line = {
+        "train_loss": 2.0, "bytes_up": 1, "bytes_down": 2, "aggregation_error": None,
+        "validation": {"metric": "loss", "higher": False, "mean": 2.5, "beside": {"perplexity": 12.2}},
+    }  # fmt: skip
+    found = scalars(line)
+    assert (found["validation/mean"], found["validation/perplexity"]) == (2.5, 12.2)
+    assert scalars({**line, "validation": None}).keys() == {"train_loss", "bytes_up", "bytes_down"}
+
+
 class FakeMLflow:
     """The few calls of MLflow that are made, remembered."""
 

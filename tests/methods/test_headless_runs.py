@@ -51,7 +51,11 @@ def recipe_of(
         document: dict[str, Any] = {"method": method}
         if task == "causal-lm":
             rows = [
-                {"prompt": words(rng, 4), "response": words(rng, 1 + i % 3, 20 * (i % 3), 20 * (i % 3) + 20), "who": i % 3}
+                {
+                    "prompt": words(rng, 4),
+                    "response": words(rng, 1 + i % 3, 20 * (i % 3), 20 * (i % 3) + 20),
+                    "who": i % 3,
+                }
                 for i in range(60)
             ]
             source = tmp_path / "rows.jsonl"

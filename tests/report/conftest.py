@@ -38,8 +38,9 @@ def _write_run(
     every: int = 1,
     class_name: str = "class {}",
     stopped_early: bool = False,
+    loss: bool = False,
 ) -> dict[str, Any]:
-    """Write a run directory; returns the compare row."""
+    """Write a run directory; returns the compare row. Where it is judged by its ``loss``, less is better."""
     generator = np.random.default_rng([seed, len(clients), *method.encode()])
     path.mkdir(parents=True)
     final, up, once = SHAPE.get(method, (0.7, 100_000, 0))
@@ -71,7 +72,7 @@ def _write_run(
         each = np.clip(level + skill + generator.normal(0, 0.012, len(clients)), 0.01, 0.99)
         line = _round(number, clients, up=up * len(clients), down=up * len(clients))
         if number % every == 0:
-            line["validation"] = _spread(dict(zip(clients, each.tolist(), strict=True)))
+            line["validation"] = _spread(dict(zip(clients, each.tolist(), strict=True)), loss)
         line["train_loss"] = 4.2 * float(np.exp(-number / 3)) + 0.3
         line["seconds"] = {
             "train": 4 + float(generator.random()),
@@ -116,16 +117,18 @@ def _write_run(
         "seconds_total": 60.0 + seed,
         "aggregation_error": 0.12 if method == "fedit" else None,
     }
-    if finished:
-        results = {
-            client: {
-                "accuracy": float(value),
-                "accuracy_tuned": float(value) + 0.011,
-                "accuracy_chosen": float(value) + 0.013,
-                "examples": {split: len(part) for split, part in partition["clients"][client].items()},
-            }
-            for client, value in zip(clients, test, strict=True)
+    results: dict[str, Any] = {
+        client: {
+            "accuracy": float(value),
+            "accuracy_tuned": float(value) + 0.011,
+            "accuracy_chosen": float(value) + 0.013,
+            "examples": {split: len(part) for split, part in partition["clients"][client].items()},
         }
+        for client, value in zip(clients, test, strict=True)
+    }
+    if loss:
+        row, results = _as_losses(row, results)
+    if finished:
         environment = {"folklora": "0.1.0", "torch": "2.13.0", "device": "cpu", "dtype": "bfloat16", "threads": 2}
         summary = {"row": row, "clients": results, "stopped_early": stopped_early, "environment": environment}
         (path / "summary.json").write_text(json.dumps(summary))
@@ -165,15 +168,44 @@ def _round(
     }
 
 
-def _spread(each: dict[str, float]) -> dict[str, Any]:
+def _spread(each: dict[str, float], loss: bool = False) -> dict[str, Any]:
+    if loss:
+        each = {client: _nats(value) for client, value in each.items()}
     values = np.array(list(each.values()))
-    return {
+    worst_first = np.sort(values)[::-1] if loss else np.sort(values)
+    found = {
         "mean": float(values.mean()),
         "std": float(values.std()),
-        "worst_tenth": float(np.sort(values)[: max(1, len(values) // 10)].mean()),
+        "worst_tenth": float(worst_first[: max(1, len(values) // 10)].mean()),
         "weighted": float(values.mean()),
         "clients": each,
     }
+    judged = {"metric": "loss", "higher": False, "beside": {"perplexity": float(np.exp(values).mean())}}
+    return {**judged, **found} if loss else found
+
+
+def _nats(accuracy: float) -> float:
+    """A loss that is the smaller, the better."""
+    return 3 * (1 - accuracy)
+
+
+def _as_losses(row: dict[str, Any], results: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same run judged by its loss; the best client stays the best, the worst the worst."""
+    results = {
+        client: {name.replace("accuracy", "loss"): v if name == "examples" else _nats(v) for name, v in told.items()}
+        for client, told in results.items()
+    }
+    for told in results.values():
+        told["perplexity"] = float(np.exp(told["loss"]))
+    scale = {"accuracy_std_clients": lambda value: 3 * value}
+    row = {
+        name.replace("accuracy", "loss"): scale.get(name, _nats)(value)
+        if name.startswith("accuracy") and value is not None
+        else value
+        for name, value in row.items()
+    }
+    perplexity = float(np.mean([told["perplexity"] for told in results.values()]))
+    return {**row, "metric": "loss", "higher": False, "perplexity_mean": perplexity}, results
 
 
 @pytest.fixture(scope="session")
@@ -204,6 +236,16 @@ def three_clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_run(path, "fedit", clients=NASTY, classes=3, class_name='<img src="https://example.org/{}">')
     write_report(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """6 methods x 2 seeds, 5 clients, judged by their loss, and the reports of all and of the first."""
+    path = tmp_path_factory.mktemp("report") / "losses"
+    rows = _write_comparison(path, seeds=2, clients=[f"site {i}" for i in range(5)], classes=5, rounds=6, loss=True)
+    write_compare_report(path)
+    write_report(path / "celora-s0")
+    return path, rows
 
 
 @pytest.fixture(scope="session")

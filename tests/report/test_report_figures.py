@@ -14,11 +14,13 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from folklora.backbones.metric import ACCURACY
+from folklora.backbones.metric import ACCURACY, LOSS
 from folklora.report.figures import RUN_PICTURES, client_scores, validation
 from folklora.report.figures_compare import (
+    client_profile,
     compare_pictures,
     curve,
+    final_scores,
     score_per_byte,
     score_per_round,
     sent_per_client,
@@ -209,3 +211,72 @@ def test_a_picture_is_the_same_each_time(ten_clients: Path) -> None:
     assert one is not None
     assert two is not None
     assert png(one, "light") == png(two, "light")
+
+
+# -- judged by a loss --------------------------------------------------------------------------------------------------
+
+
+def test_every_picture_of_losses_is_drawn(losses: tuple[Path, list[dict[str, Any]]]) -> None:
+    named = {path.stem for path in (losses[0] / "figures").glob("*.png")}
+    assert named == {"loss-per-byte", "loss-per-round", "test-loss", "client-profile"}
+    for path in [*(losses[0] / "figures").glob("*.png"), *(losses[0] / "celora-s0" / "figures").glob("*.png")]:
+        assert drawn(path.read_bytes()), path
+    captions = " ".join(picture.caption for picture in compare_pictures(LOSS))
+    assert "Down is better, left is cheaper" in captions
+    assert "per cent" not in captions
+
+
+def test_the_band_of_losses_ends_at_the_least(losses: tuple[Path, list[dict[str, Any]]]) -> None:
+    run = read_run(losses[0] / "celora-s0")
+    figure = validation(run)
+    assert figure is not None
+    top, below = figure.axes
+    last = _validations(run.path)[-1]
+    written = {text.get_text() for text in top.texts}
+    least, most = min(last["clients"].values()), max(last["clients"].values())
+    assert written == {f"mean {last['mean']:.3f}", f"worst tenth {most:.3f}", f"best {least:.3f}"}
+    assert (top.get_ylabel(), below.get_ylabel()) == ("validation loss", "training\nloss")
+    assert not any("%" in label.get_text() for label in top.get_yticklabels())
+
+
+def test_clients_with_the_least_loss_come_first(losses: tuple[Path, list[dict[str, Any]]]) -> None:
+    run = read_run(losses[0] / "celora-s0")
+    figure = client_scores(run)
+    assert figure is not None
+    top, bottom = figure.axes
+    order = sorted(run.results, key=lambda client: run.results[client].score)
+    assert [label.get_text() for label in bottom.get_xticklabels()] == order
+    heights = [bar.get_height() for bar in top.patches]
+    assert heights == [run.results[client].score for client in order]
+    assert top.get_ylim()[0] == 0
+    assert top.get_ylim()[1] > max(heights)
+
+
+def test_profiles_of_losses_fall_from_the_worst_to_the_best(losses: tuple[Path, list[dict[str, Any]]]) -> None:
+    read = read_comparison(losses[0])
+    figure = client_profile(read)
+    assert figure is not None
+    seeds = [[result.score for result in run.results.values()] for run in read.finished_runs("celora")]
+    panels = [ax for ax in figure.axes if ax.patches]
+    panel = next(ax for ax in panels if ax.get_title(loc="left").startswith("celora"))
+    np.testing.assert_allclose(
+        [bar.get_height() for bar in panel.patches], np.mean([sorted(each, reverse=True) for each in seeds], axis=0)
+    )
+    highest = max(bar.get_height() for ax in panels for bar in ax.patches)
+    assert all(ax.get_ylim()[0] == 0 and ax.get_ylim()[1] >= highest for ax in panels)
+
+
+def test_no_stroke_runs_through_a_number(losses: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Of a loss, the worst tenth lies behind the mean, where the number stands."""
+    figure = final_scores(read_comparison(losses[0]))
+    assert figure is not None
+    with drawing("light"):
+        figure.draw_without_rendering()
+    (ax,) = figure.axes
+    rows = {row["method"]: row for row in losses[1]}
+    assert len(ax.texts) == len(rows)
+    to_the_right = [text.get_window_extent().x0 for text in ax.texts]
+    strokes = [line for line in ax.lines if line.get_linewidth() == 2.4]
+    ends = [ax.transData.transform((float(np.max(line.get_xdata())), 0))[0] for line in strokes]
+    assert len(ends) == len(to_the_right)
+    assert all(text > stroke + 2 for text, stroke in zip(to_the_right, ends, strict=True))

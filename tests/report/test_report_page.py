@@ -181,3 +181,27 @@ def test_both_pages_in_a_browser(
             assert images
             assert all(images)
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_the_page_of_a_run_that_is_judged_by_its_loss(losses: tuple[Path, list[dict[str, Any]]]) -> None:
+    row = losses[1][0]
+    text = Reader(losses[0] / "celora-s0" / "report.html").text
+    assert f"Test loss {row['loss_mean']:.3f} on average over 5 clients" in text
+    assert f"± {row['loss_std_clients']:.3f} std over clients" in text
+    assert re.search(rf"Test perplexity, mean\s*{row['perplexity_mean']:.1f}", text)
+    assert "accuracy" not in text
+    assert " %" not in text
+
+
+def test_the_page_of_a_run_under_way_that_is_judged_by_its_loss(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run(tmp_path / "run", clients="abc", classes=3, rounds=4, finished=False, insight=False, loss=True)
+    text = Reader(write_report(tmp_path / "run")).text
+    assert re.search(r"Validation loss \d\.\d{3} on average over 3 clients after round 4", text)
+    assert "Validation perplexity, mean" in text
+
+
+def test_the_comparison_of_losses_names_the_lowest(losses: tuple[Path, list[dict[str, Any]]]) -> None:
+    text = Reader(losses[0] / "report.html").text
+    assert "celora reaches the lowest mean test loss, " in text
+    assert "accuracy" not in text
+    assert " %" not in text

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from folklora.backbones.metric import ACCURACY, LOSS
 from folklora.errors import RunError
 from folklora.report.reading import read_comparison, read_run
 
@@ -149,4 +150,63 @@ def test_a_row_for_every_run(tmp_path: Path) -> None:
 def test_a_comparison_does_not_leave_its_folder(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text('{"rows": [{"method": "x"}], "runs": ["../elsewhere"]}')
     with pytest.raises(RunError, match="not the name of a folder"):
+        read_comparison(tmp_path)
+
+
+def test_a_run_says_what_it_is_judged_by(losses: tuple[Path, list[dict[str, Any]]], ten_clients: Path) -> None:
+    run, told = read_run(losses[0] / "celora-s0"), json.loads((losses[0] / "celora-s0" / "summary.json").read_text())
+    assert run.metric == LOSS
+    assert read_comparison(losses[0]).metric == LOSS
+    assert read_run(ten_clients).metric == ACCURACY  # it was written before there were others
+    for client, result in run.results.items():
+        line = told["clients"][client]
+        assert (result.score, result.tuned, result.chosen) == (line["loss"], line["loss_tuned"], line["loss_chosen"])
+        assert result.beside == {"perplexity": line["perplexity"]}
+        assert result.examples.train == line["examples"]["train"]
+    assert run.evaluated[-1][1].beside.keys() == {"perplexity"}
+
+
+def test_an_unfinished_run_is_judged_by_what_its_validations_say(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run(tmp_path / "run", clients="abc", classes=3, rounds=2, loss=True, finished=False)
+    assert read_run(tmp_path / "run").metric == LOSS
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert read_run(tmp_path / "run").metric is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d["row"].update(metric=["loss"]), "summary.json: row.metric: "),
+        (lambda d: d["row"].update(metric="a/../b"), "summary.json: row.metric: "),
+        (lambda d: d["clients"]["b"].pop("loss"), "summary.json: clients.b.loss: no number"),
+        (lambda d: d["clients"]["b"].update(loss="1"), "summary.json: clients.b.loss: no number"),
+        (lambda d: d["row"].pop("metric"), "summary.json: clients.a.accuracy: no number"),
+    ],
+)
+def test_results_in_no_metric_are_named(
+    tmp_path: Path, write_run: WriteRun, change: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    write_run(tmp_path / "run", clients="abc", classes=3, rounds=2, loss=True)
+    document = json.loads((tmp_path / "run" / "summary.json").read_text())
+    change(document)
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(document))
+    with pytest.raises(RunError, match=said):
+        read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("listed", [True, False])
+def test_runs_that_are_judged_differently_are_not_compared(
+    tmp_path: Path, write_run: WriteRun, finished: bool, listed: bool
+) -> None:
+    """Also where one of them is under way, or ``compare.json`` is not written yet."""
+    options: dict[str, Any] = {"clients": "abc", "classes": 3, "rounds": 2}
+    row = write_run(tmp_path / "fedit-s0", "fedit", **options)
+    other = write_run(tmp_path / "local-s0", "local", **options, loss=True, finished=finished)
+    if listed:
+        rows, runs = ([row, other], ["fedit-s0", "local-s0"]) if finished else ([row], ["fedit-s0"])
+        (tmp_path / "compare.json").write_text(json.dumps({"rows": rows, "runs": runs}))
+    with pytest.raises(
+        RunError, match=f"{tmp_path}: fedit-s0 by accuracy and local-s0 by loss: .* allowed: one metric"
+    ):
         read_comparison(tmp_path)

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from folklora.report.tables import Spread, compare_table, grid, human_bytes, human_seconds, rich_table
+from folklora.errors import RunError
+from folklora.report.tables import (
+    Spread,
+    compare_table,
+    grid,
+    human_bytes,
+    human_seconds,
+    more_columns,
+    rich_table,
+)
 
 
 def lines_of(markdown: str) -> dict[str, dict[str, str]]:
@@ -123,3 +132,35 @@ def test_seconds_and_spread() -> None:
     assert [human_seconds(s) for s in (0.42, 41.2, 723, 7500)] == ["0.4 s", "41 s", "12 min 03 s", "2 h 05 min"]
     assert Spread.of([{"x": 1.0}, {"x": None}, {}], "x") == Spread(1.0, None)
     assert Spread.of([], "x") is None
+
+
+def test_a_loss_is_the_better_the_smaller(losses: tuple[Path, list[dict[str, Any]]]) -> None:
+    rows = losses[1]
+    text = compare_table(rows)
+    table = lines_of(text)
+    means = {m: statistics.mean(r["loss_mean"] for r in rows if r["method"] == m) for m in {r["method"] for r in rows}}
+    assert list(table) == sorted(means, key=lambda method: means[method])
+    values = [row["loss_worst_tenth"] for row in rows if row["method"] == "celora"]
+    assert table["celora"]["worst tenth"] == f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    values = [row["perplexity_mean"] for row in rows if row["method"] == "celora"]
+    assert table["celora"]["perplexity"] == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    assert "%" not in text
+    assert "Loss: mean over the clients' own test splits; lower is better." in text
+    assert "by its validation split" in text
+    titles = grid(rows, more_columns)[0]
+    assert titles[:5] == ["method", "loss", "tuned", "weighted", "std over clients"]
+
+
+def test_a_narrow_terminal_keeps_the_loss(losses: tuple[Path, list[dict[str, Any]]]) -> None:
+    console = Console(width=50, record=True, file=io.StringIO())
+    console.print(rich_table(losses[1]))
+    text = console.export_text()
+    assert all(line[1] in text for line in grid(losses[1])[1])
+    assert "perplexity" in text.partition("Not shown")[2]
+
+
+def test_a_table_of_two_metrics_is_refused() -> None:
+    rows: list[dict[str, Any]] = [{"method": "a", "accuracy_mean": 0.5}]
+    rows += [{"method": "b", "metric": "loss", "higher": False, "loss_mean": 0.5}]
+    with pytest.raises(RunError, match="a by accuracy and b by loss"):
+        compare_table(rows)

@@ -27,13 +27,13 @@ NEW = 12
 
 def config(architecture: str) -> Any:
     """Two layers of width 32; wide weights, so that what is said depends on what was said."""
-    from transformers import GPT2Config, LlamaConfig, Qwen2Config
+    from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
     if architecture == "gpt2":
         return GPT2Config(
             vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=POSITIONS, initializer_range=0.6
         )
-    kind: Any = {"llama": LlamaConfig, "qwen2": Qwen2Config}[architecture]
+    kind: Any = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[architecture]
     return kind(
         vocab_size=WORDS,
         hidden_size=32,
@@ -44,6 +44,7 @@ def config(architecture: str) -> Any:
         max_position_embeddings=POSITIONS,
         initializer_range=0.6,
         tie_word_embeddings=False,
+        **({"sliding_window": 4} if architecture == "mistral" else {}),
     )
 
 
@@ -116,7 +117,9 @@ def place(tiny_model: Callable[[str], Any]) -> Callable[..., Place]:
 
 
 @pytest.mark.parametrize("tokens", [1, 70, 8192])
-@pytest.mark.parametrize(("architecture", "core"), [("llama", True), ("qwen2", False), ("gpt2", True)])
+@pytest.mark.parametrize(
+    ("architecture", "core"), [("llama", True), ("qwen2", False), ("gpt2", True), ("mistral", False)]
+)
 def test_greedy_answers_are_those_of_each_clients_merged_model(
     place: Callable[..., Place], architecture: str, core: bool, tokens: int
 ) -> None:

@@ -112,7 +112,7 @@ def pad(groups: Sequence[Sequence[TokenIds]], pad_token: int) -> Batch:
     return _lay_out(groups, rows, length, pad_token, packed=False)
 
 
-def pack(groups: Sequence[Sequence[TokenIds]], pad_token: int, *, mixed: bool = True) -> Batch:
+def pack(groups: Sequence[Sequence[TokenIds]], pad_token: int, *, mixed: bool = True, limit: int = 128) -> Batch:
     """Several sequences a row, clients one behind the other, with the row length that costs least.
 
     Parameters
@@ -120,11 +120,13 @@ def pack(groups: Sequence[Sequence[TokenIds]], pad_token: int, *, mixed: bool = 
     mixed
         Whether a row may hold several clients' sequences. A sequence gives the others of its row a weight of zero in
         attention, and zero times infinity is not zero: only rows of one client keep what is not finite to itself.
+    limit
+        Tokens of a row, unless a single sequence is longer.
     """
     lengths = [[len(sequence) for sequence in group] for group in groups]
     longest = max(max(group) for group in lengths if group)
     # A token costs the same in every linear layer and more in attention the longer its row is.
-    candidates = range(longest, max(longest, 128) + 1, max(8, longest // 8))
+    candidates = range(longest, max(longest, limit) + 1, max(8, longest // 8))
     plans = {length: _fit(lengths, length, mixed) for length in candidates}
     best = min(candidates, key=lambda length: (len(plans[length]) * length * (1 + length / ATTENTION), length))
     return _lay_out(groups, plans[best], best, pad_token, packed=True)

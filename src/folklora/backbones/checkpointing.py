@@ -44,8 +44,13 @@ def install(model: Any, socket: Socket) -> None:
 
 
 def _checkpointed(forward: Callable[..., Any], socket: Socket, *args: Any, **kwargs: Any) -> Any:
+    from transformers.cache_utils import Cache
+
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
+    # A cache of keys and values would be filled by the first computation and found full by the second.
+    args = tuple(None if isinstance(value, Cache) else value for value in args)
+    kwargs = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
     bank = socket.bank
     dropout = bank.dropout if bank is not None else None
     start = dropout.state() if dropout is not None else None

@@ -21,7 +21,8 @@ from folklora.backbones.quantize import WeightBits
 from folklora.errors import BackboneError
 
 PACKABLE = frozenset(
-    "cohere gemma gpt2 gpt_neox granite llama mistral olmo2 phi phi3 qwen2 qwen3 smollm3 stablelm starcoder2".split()
+    {"cohere", "gemma", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo2"}
+    | {"phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"}
 )
 """Decoders that take position ids and a mask per pair of tokens as they are, unless they look through a window only."""
 
@@ -150,8 +151,8 @@ class _Nats(torch.autograd.Function):
             with torch.set_grad_enabled(sloped):
                 own = some.detach().requires_grad_(sloped)
                 each = F.cross_entropy(logits(own).float(), tokens, reduction="none")
-            if sloped:
-                slopes += torch.autograd.grad(each.sum(), own)
+                if sloped:
+                    slopes += torch.autograd.grad(each.sum(), own)
             nats.append(each.detach())
         ctx.save_for_backward(torch.cat(slopes) if sloped else None)
         return torch.cat(nats)

@@ -91,6 +91,7 @@ class Frozen:
         self.model_type = str(self.config.model_type)
         model.requires_grad_(False).eval()
         if lowbit.is_low(model):
+            lowbit.keep_slopes(model)
             self.stored = lowbit.stored(model)
         else:
             model.to(self.device, torch.float32)
@@ -101,7 +102,7 @@ class Frozen:
         chosen = self.targets(model, targets)
         self.sites = tuple(Site(name, *_dimensions(model.get_submodule(name))) for name in chosen)
         self.norms = _norms(model, self.norm_layers(model)) if norm else {}
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.parameters = lowbit.parameters(model)
         self._socket = Socket()
         for name in chosen:
             _replace(model, name, AdaptedLinear(model.get_submodule(name), name, self._socket))

@@ -92,7 +92,7 @@ class ImageText:
     template
         What stands around a class name; ``{}`` is its place.
     max_length
-        Tokens; longer texts are cut.
+        Tokens; longer texts are cut. SigLIP's are as long as its text tower has positions.
     """
 
     metric = ACCURACY
@@ -104,7 +104,7 @@ class ImageText:
         *,
         captions: bool = False,
         template: str | None = None,
-        max_length: int | None = None,
+        max_length: int = 128,
     ) -> None:
         template = TEMPLATE if template is None else template
         if template.count("{}") != 1:
@@ -113,7 +113,7 @@ class ImageText:
         self.classes = len(class_names)
         self.captions = captions
         self.prompts = [template.replace("{}", name) for name in class_names]
-        self.max_length = max_length
+        self.max_length = backbone.max_length if backbone.sigmoid else min(max_length, backbone.max_length)
         self._prompt_batches: dict[str, Batch] = {}
 
     @property

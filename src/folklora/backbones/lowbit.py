@@ -51,10 +51,28 @@ def is_low(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
+def keep_slopes(model: nn.Module) -> None:
+    """Have gradients pass through layers of a model in evaluation mode, as all frozen ones are.
+
+    In that mode bitsandbytes' layers of four bits turn, on some processors, into others that only infer: gradients
+    through them are silently wrong. The mode makes no other difference to them.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.train()
+
+
 def stored(model: nn.Module) -> int:
     """Bytes of all that the model consists of; tensors that are tied count once."""
     seen = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for _, tensor in plain_tensors(model)}
     return sum(seen.values())
+
+
+def parameters(model: Any) -> int:
+    """Numbers that the model consists of, however many of them share a byte."""
+    if is_low(model):
+        return int(model.num_parameters())
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

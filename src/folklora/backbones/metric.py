@@ -21,11 +21,14 @@ class Metric:
         Whether more is better.
     percent
         Whether it is a share, shown in percent.
+    digits
+        Decimals that are shown.
     """
 
     name: str
     higher: bool
     percent: bool
+    digits: int = field(default=3, compare=False)
 
     def merit(self, value: float) -> float:
         """The value, turned so that more is better: what early stopping, choices and promotions compare."""
@@ -42,10 +45,9 @@ class Metric:
         return " %" if self.percent else ""
 
     def number(self, value: float) -> str:
-        """The value as results show it, without its unit: ``71.3`` of a share, otherwise ``2.345``, ``10.4``."""
-        if self.percent:
-            return f"{100 * value:.1f}"
-        return f"{value:.3f}" if abs(value) < 9.9995 else f"{value:.1f}" if abs(value) < 999.95 else f"{value:.3g}"
+        """The value as results show it, without its unit: ``71.3`` of an accuracy, ``2.345`` of a loss."""
+        shown = 100 * value if self.percent else value
+        return f"{shown:.{self.digits}f}" if abs(shown) < 1e6 else f"{shown:.3g}"
 
     def show(self, value: float) -> str:
         """The value as results show it, with its unit."""
@@ -56,11 +58,11 @@ class Metric:
         return f"{self.words} {self.show(value)}"
 
 
-ACCURACY = Metric("accuracy", higher=True, percent=True)
+ACCURACY = Metric("accuracy", higher=True, percent=True, digits=1)
 LOSS = Metric("loss", higher=False, percent=False)
-PERPLEXITY = Metric("perplexity", higher=False, percent=False)
-ROUGE_L = Metric("rouge_l", higher=True, percent=True)
-EXACT_MATCH = Metric("exact_match", higher=True, percent=True)
+PERPLEXITY = Metric("perplexity", higher=False, percent=False, digits=1)
+ROUGE_L = Metric("rouge_l", higher=True, percent=True, digits=1)
+EXACT_MATCH = Metric("exact_match", higher=True, percent=True, digits=1)
 
 KNOWN: Mapping[str, Metric] = {m.name: m for m in (ACCURACY, LOSS, PERPLEXITY, ROUGE_L, EXACT_MATCH)}
 """All that results may hold, as what a task is judged by or beside it."""

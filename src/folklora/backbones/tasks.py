@@ -53,7 +53,13 @@ def build_task(model: ModelSection, adapter: AdapterSection, form: Form, classes
         from folklora.backbones.image_text import ImageText, ImageTextBackbone
 
         backbone = _loaded(ImageTextBackbone, model.name, tower=adapter.tower, **common)
-        return ImageText(backbone, tuple(classes), captions=form == "caption", template=model.template)
+        return ImageText(
+            backbone,
+            classes,
+            captions=form == "caption",
+            template=model.template,
+            max_length=model.max_length,
+        )
     if form == "image":
         from folklora.backbones.vision import ImageClassification, VisionBackbone
 

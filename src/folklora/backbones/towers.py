@@ -88,8 +88,8 @@ class ImageTextBackbone(Frozen):
             lambda model: model.text_model(input_ids=torch.zeros(2, self.max_length, dtype=torch.int64)),
             2 * self.max_length,
         )
-        self.scale = float(model.logit_scale.exp())
-        self.bias = float(model.logit_bias) if self.sigmoid else 0.0
+        self.scale = float(model.logit_scale.detach().exp())
+        self.bias = float(model.logit_bias.detach()) if self.sigmoid else 0.0
         super().__init__(model, targets=targets, norm=norm, device=device, dtype=dtype, weight_bits=weight_bits)
         trained = [site.name for site in self.sites] + list(self.norms)
         self.adapted = frozenset(t for t, part in PARTS.items() if any(name.startswith(part) for name in trained))
@@ -147,14 +147,14 @@ class ImageTextBackbone(Frozen):
         """Bytes of the model's size; raises `DataError` where something is no picture."""
         return [Pixels(values, self.tokens) for values in self.pictures.encode(pictures)]
 
-    def encode_texts(self, texts: Sequence[str], max_length: int | None = None) -> list[TokenIds]:
+    def encode_texts(self, texts: Sequence[str], max_length: int = 128) -> list[TokenIds]:
         """Token ids of each text, cut to its first tokens: for CLIP up to the one that is pooled, for SigLIP padded."""
         if not texts:
             return []
         if self.sigmoid:
             encoded = self.tokenizer(list(texts), truncation=True, padding="max_length", max_length=self.max_length)
             return [tuple(ids) for ids in encoded["input_ids"]]
-        length = min(max_length or self.max_length, self.max_length)
+        length = min(max_length, self.max_length)
         encoded = self.tokenizer(list(texts), truncation=True, max_length=length)
         return [tuple(ids[: self._pooled(ids) + 1]) for ids in encoded["input_ids"]]
 
@@ -167,7 +167,7 @@ class ImageTextBackbone(Frozen):
         self.refuse_packing(packed)
         if self.sigmoid or packed == "never":
             return pad(groups, self._end or 0)
-        return pack(groups, self._end or 0, mixed=mixed)
+        return pack(groups, self._end or 0, mixed=mixed, limit=min(self.max_length, 128))  # as CLIP counts positions
 
     def refuse_packing(self, packed: str) -> None:
         """Raises BackboneError where packing is asked for and the text tower cannot."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Columns:
 
     file: str
     places: Sequence[str]
-    values: dict[str, Sequence[Any]]
+    values: Mapping[str, Sequence[Any]]
     folder: Path
 
     def __len__(self) -> int:

@@ -60,10 +60,12 @@ def opened(columns: Columns, column: str, rows: Iterable[int]) -> list[Picture]:
 
 def read_picture(path: Path) -> Picture:
     """The picture in a file, as `opened` gives it; raises `DataError`."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; allowed: a {either(FORMATS)} picture")
     try:
+        if not path.is_file():
+            raise _Refused("no such file")
         return _decoded(path)
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except _Refused as refused:
         raise DataError(f"{path}: {refused}") from None
 

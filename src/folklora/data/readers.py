@@ -47,7 +47,7 @@ def read_delimited(path: Path, wanted: list[str], delimiter: str) -> Columns:
         raise DataError(f"{path}: line {end + 1}: broken row: {error}; allowed: quotes in pairs") from None
     if not names:
         raise DataError(f"{path}: empty file; allowed: a header and at least one row")
-    return Columns(str(path), places, dict(values), path.parent)
+    return Columns(str(path), places, values, path.parent)
 
 
 def read_jsonl(path: Path, wanted: list[str]) -> Columns:
@@ -71,7 +71,7 @@ def read_jsonl(path: Path, wanted: list[str]) -> Columns:
             values[name].append(row[name])
     if not places:
         raise DataError(f"{path}: empty file; allowed: at least one JSON object")
-    return Columns(str(path), places, dict(values), path.parent)
+    return Columns(str(path), places, values, path.parent)
 
 
 def _text(path: Path) -> str:

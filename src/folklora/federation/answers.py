@@ -16,7 +16,7 @@ from folklora.data.pictures import read_picture
 from folklora.errors import DataError
 from folklora.federation.run import ClientModel, client_model, recipe_of
 from folklora.recipe import Recipe
-from folklora.training.generation import generate, refuse_speechless
+from folklora.training.generation import generate, prompt_tokens, refuse_speechless
 from folklora.training.prediction import Question
 from folklora.training.prediction import predict as answer
 
@@ -101,6 +101,6 @@ def _probabilities(model: ClientModel, task: Task, inputs: Sequence[Any]) -> Ten
 def _said(model: ClientModel, task: CausalLM, texts: Sequence[str]) -> list[str]:
     refuse_speechless(task)
     most = model.setup.recipe.eval.max_new_tokens
-    prompts = [task.encode_prompt([("user", text)], most) for text in texts]
+    prompts = [prompt_tokens(task, [("user", text)], most) for text in texts]
     question = Question(model.client, model.rank, model.tensors, prompts)
     return [task.decode(ids) for ids in generate(task, model.setup.method.adapter, [question], most)[model.client]]

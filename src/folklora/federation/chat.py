@@ -10,7 +10,7 @@ from folklora.backbones.causal import CausalLM
 from folklora.errors import DataError, RunError
 from folklora.federation.run import ClientModel, client_model, recipe_of
 from folklora.randomness import derive
-from folklora.training.generation import Sampling, refuse_speechless, stream
+from folklora.training.generation import Sampling, prompt_tokens, refuse_speechless, stream
 from folklora.training.prediction import Question
 
 log = logging.getLogger(__name__)
@@ -78,10 +78,10 @@ class Conversation:
 
     def _prompt(self, text: str) -> list[int]:
         """The conversation up to this text, as tokens; what it has no room for is forgotten, the oldest first."""
-        room = min(self.max_new_tokens, self.task.backbone.max_length // 2)
         while True:
             chat = [*self.turns, ("user", text)]
-            prompt, whole = self.task.encode_prompt(chat, room), len(self.task.conversations.prompt(chat))
+            prompt = prompt_tokens(self.task, chat, self.max_new_tokens)
+            whole = len(self.task.conversations.prompt(chat))
             if len(prompt) >= whole:
                 return prompt
             if not self.turns:

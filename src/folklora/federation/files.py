@@ -1,5 +1,4 @@
-"""Files and folders that are there whole or not at all, that one process holds, and what the disk refuses as one line.
-"""
+"""Files and folders that are there whole or not at all, files that one process holds; a disk's refusal as one line."""
 
 from __future__ import annotations
 

@@ -10,8 +10,9 @@
 Before the first round a client holds D too: what it starts with is Q of the common start. Every matrix that travels is
 coarse, the head's weight too, and a sketched head as well; vectors travel whole [recon]. With one number a block, or in
 the limit of fine blocks, D is S and the method is FedIT. What the server's model is worth beside a client's is told by
-a run's summary: ``accuracy_global`` is S's (where no head stays home and the data has a common test set),
-``accuracy_mean`` is D's, the clients' after their last download, and ``accuracy_tuned_mean`` theirs after training.
+a run's summary, by the task's metric: ``accuracy_global`` is S's (where no head stays home and the data has a common
+test set), ``accuracy_mean`` is D's, the clients' after their last download, and ``accuracy_tuned_mean`` theirs after
+training.
 """
 
 from __future__ import annotations

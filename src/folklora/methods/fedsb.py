@@ -9,7 +9,8 @@
   of the mean loss on at most ``gradient_examples`` of its training examples, dense (d_out x d_in numbers a layer: by
   far the largest message of a run). The server's mean, weighted by those examples, is the pooled gradient [recon].
   U, V^T and Sigma come back, once. All of it counts as bytes. The sign is that of the mean, so a client whose message
-  is lost or refused is missing from it, and that is all.
+  is lost or refused is missing from it, and that is all. Where a client's loss is no mean over examples (of response
+  tokens, of pairs against each other), clients still count by examples [recon].
 4. Under a zero head every gradient is zero. ``gradient_head = "random"``: all use one Gaussian head from the seed, std
   0.02, as the authors' BERT classifier starts [code]; ``"own"``: each the linear discriminant of its own class
   statistics [recon]. One head sketched by all would cost another exchange before the gradient. What the head starts

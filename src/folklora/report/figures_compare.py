@@ -261,11 +261,12 @@ def final_scores(comparison: Comparison, theme: ThemeName = "light") -> Figure |
             ax.plot(
                 dots, place + shift, "o", color=color, markersize=5, markeredgecolor=colors.paper, markeredgewidth=0.7
             )
+            drawn = [mean.mean, *dots]
             if name in worst:
+                drawn.append(worst[name].mean)
                 ax.plot([worst[name].mean] * 2, [place - 0.31, place + 0.31], color=color, linewidth=2.4)
-            right = max([*dots, mean.mean])
             label = mean.show(metric.number)
-            ax.annotate(label, (right, place), (9, 0), textcoords="offset points", va="center", fontweight="bold")
+            ax.annotate(label, (max(drawn), place), (9, 0), textcoords="offset points", va="center", fontweight="bold")
         ax.set_yticks(range(len(names)), [title(name) for name in names], color=colors.ink, fontsize=9.5)
         ax.set_ylim(len(names) - 0.5, -0.5)
         score_axis(ax, metric, "x", whole=True)
@@ -315,9 +316,10 @@ def client_profile(comparison: Comparison, theme: ThemeName = "light") -> Figure
             heights = np.mean([np.quantile(each, places) for each in seeds], axis=0)
             ax.bar(range(count), heights, 0.8 if count <= 50 else 1.0, color=style[name].color)
             ax.axhline(heights.mean(), color=colors.ink, linewidth=1, linestyle=(0, (4, 3)))
-            score_axis(ax, metric, whole=True)
             ax.set_xticks([])
             ax.set_title(f"{title(name)} {metric.number(heights.mean())}", fontsize=9.5, color=style[name].color, pad=5)
+        for ax in panels.flat[: len(groups)]:  # they share one scale, which the last bar may still widen
+            score_axis(ax, metric, whole=True)
         for ax in panels[:, 0]:
             ax.set_ylabel(f"test {metric.words}")
         headline(figure, "Clients from the worst to the best served")

@@ -1,11 +1,11 @@
 """Who is ahead over many settings, and who is only ahead by chance.
 
-Accuracies of different data sets do not add up; ranks do. Each (setting, seed) is a block in which all methods saw the
+Scores on different data sets do not add up; ranks do. Each (setting, seed) is a block in which all methods saw the
 same clients, the same examples and the same starting values, so whatever compares methods compares them within blocks.
 
 - `complete`: the methods and blocks among which nothing is missing, since a rank among fewer is another rank.
 - `ranking`: mean ranks with a two-level bootstrap over settings and, within them, seeds; who is level with the first.
-- `honest_difference`: Tukey's, from how methods and blocks scatter together: of accuracies over the seeds of one
+- `honest_difference`: Tukey's, from how methods and blocks scatter together: of scores over the seeds of one
   setting, or of ranks over settings.
 - `critical_difference`: Nemenyi's, as in Demsar (JMLR 7, 2006), for comparison: how far ranks would lie apart by chance
   if no method were better in any setting.
@@ -36,7 +36,7 @@ class Scores:
     settings, seeds
         Of each of the B blocks.
     values
-        [B, M]; larger is better.
+        [B, M]; larger is better, so of losses their merits (`folklora.backbones.metric.Metric.merit`).
     left_out
         Methods, and how many blocks, that would have left holes.
     """

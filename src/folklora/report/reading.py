@@ -10,65 +10,20 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
 from folklora.backbones.metric import ACCURACY, KNOWN, Metric, metric_of, same_metric
 from folklora.errors import RunError
+from folklora.report.records import Compare, Examples, Partition, Round, Summary, Validation, parse, text_of
 
 Row = Mapping[str, Any]
 """The compare row of a finished run: the `row` of its ``summary.json``."""
 
-MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 INSIGHTS = ("similarity/data", "similarity/model", "similarity/mixed", "weights")
-
-
-class _Record(BaseModel):
-    """A piece of one of the files; keys that a report does not need are passed over."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Validation(_Record):
-    """How the clients' models of a round do on their validation splits, by the metric that is named; ``beside`` are
-    means of others."""
-
-    metric: MetricName = ACCURACY.name
-    higher: bool = ACCURACY.higher
-    mean: float
-    std: float | None = None
-    worst_tenth: float | None = None
-    weighted: float | None = None
-    clients: dict[str, float] = {}
-    beside: dict[str, float] = {}
-
-
-class Round(_Record):
-    """A line of ``metrics.jsonl``; round 0 holds the traffic before the first round."""
-
-    round: int = Field(ge=0)
-    participants: tuple[str, ...] = ()
-    failed: dict[str, str] = {}
-    train_loss: float | None = None
-    validation: Validation | None = None
-    bytes_up: int = Field(0, ge=0)
-    bytes_down: int = Field(0, ge=0)
-    bytes_up_clients: dict[str, int] = {}
-    bytes_down_clients: dict[str, int] = {}
-    aggregation_error: float | None = None
-    seconds: dict[str, float] = {}
-
-
-class Examples(_Record):
-    """How many examples a client has in each split."""
-
-    train: int = 0
-    validation: int = 0
-    test: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,51 +36,6 @@ class ClientResult:
     chosen: float | None
     beside: dict[str, float]
     examples: Examples
-
-
-class _Client(_Record):
-    model_config = ConfigDict(extra="allow")  # results go by the name of their metric
-
-    examples: Examples = Examples()
-
-
-class _Row(_Record):
-    model_config = ConfigDict(extra="allow")
-
-    metric: MetricName = ACCURACY.name
-    higher: bool = ACCURACY.higher
-
-
-class _Summary(_Record):
-    row: _Row
-    clients: dict[str, _Client] = {}
-    stopped_early: bool = False
-    environment: dict[str, Any] = {}
-
-
-class _Split(_Record):
-    """A client's examples: their indices, or, where they are at home, how many they are."""
-
-    train: list[int] | int = []
-    validation: list[int] | int = []
-    test: list[int] | int = []
-
-    def sizes(self) -> Examples:
-        train, validation, test = (
-            part if isinstance(part, int) else len(part) for part in (self.train, self.validation, self.test)
-        )
-        return Examples(train=train, validation=validation, test=test)
-
-
-class _Partition(_Record):
-    classes: tuple[str, ...] = ()
-    clients: dict[str, _Split] = Field(min_length=1)
-    counts: dict[str, list[int]] | None = None
-
-
-class _Compare(_Record):
-    rows: list[_Row]
-    runs: list[str]
 
 
 @dataclass(frozen=True)
@@ -275,14 +185,14 @@ def read_run(path: str | Path) -> Run:
         raise RunError(f"{path}: no such run directory")
     if not (path / "recipe.toml").is_file():
         raise RunError(f"{path}: not a run directory (it has no recipe.toml)")
-    text = _text(path / "recipe.toml")
+    text = text_of(path / "recipe.toml")
     try:
         recipe = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RunError(f"{path / 'recipe.toml'}: not valid TOML: {error}") from None
-    partition = _parse(_Partition, path / "partition.json")
-    summary = _parse(_Summary, path / "summary.json") if (path / "summary.json").is_file() else None
-    row = summary.row.model_dump(exclude_unset=True) if summary else None
+    partition = parse(Partition, path / "partition.json")
+    summary = parse(Summary, path / "summary.json") if (path / "summary.json").is_file() else None
+    row = summary.row.told() if summary else None
     lines = _rounds(path / "metrics.jsonl")
     if not lines and row is not None and row.get("rounds"):
         raise RunError(f"{path / 'metrics.jsonl'}: missing or empty, though summary.json tells of finished rounds")
@@ -320,7 +230,7 @@ def _read_comparison(path: Path) -> Comparison:
     if not path.is_dir():
         raise RunError(f"{path}: no such folder of compared runs")
     if (path / "compare.json").is_file():
-        compare = _parse(_Compare, path / "compare.json")
+        compare = parse(Compare, path / "compare.json")
         stray = next((name for name in compare.runs if name in {"", ".", ".."} or Path(name).name != name), None)
         if stray is not None:
             raise RunError(f"{path / 'compare.json'}: run {stray!r} is not the name of a folder beside it")
@@ -331,7 +241,7 @@ def _read_comparison(path: Path) -> Comparison:
         listed = [read_run(path / name) for name in compare.runs]
         # It is written anew after every run: one that stands beside it without a result is in progress.
         waiting = [run for run in _runs_inside(path, set(compare.runs)) if not run.finished]
-        rows = tuple(row.model_dump(exclude_unset=True) for row in compare.rows)
+        rows = tuple(row.told() for row in compare.rows)
         labels = (*map(label, rows), *map(_label_of_folder, waiting))
         return Comparison(path, rows, (*listed, *waiting), labels, not waiting)
     runs = _runs_inside(path, set())
@@ -352,44 +262,23 @@ def _label_of_folder(run: Run) -> str:
     return name if name.partition(":")[0] == run.method else run.method
 
 
-_Model = TypeVar("_Model", bound=BaseModel)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RunError(f"{path}: missing from the run directory") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: cannot be read as text: {error}") from None
-
-
-def _parse(model: type[_Model], path: Path, text: str | None = None, where: str = "") -> _Model:
-    try:
-        return model.model_validate_json(_text(path) if text is None else text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise RunError(f"{path}{where}: {key + ': ' if key else ''}{' '.join(first['msg'].split())}") from None
-
-
 def _rounds(path: Path) -> list[Round]:
     if not path.exists():
         return []  # the first round is still under way
     rounds: list[Round] = []
-    whole, _, _ = _text(path).rpartition("\n")  # what follows is of a round that was cut off while it was written
+    whole, _, _ = text_of(path).rpartition("\n")  # what follows is of a round that was cut off while it was written
     for number, text in enumerate(whole.split("\n"), start=1):
         if not text.strip():
             continue
-        line = _parse(Round, path, text, f", line {number}")
+        line = parse(Round, path, text, f", line {number}")
         if rounds and line.round <= rounds[-1].round:
             raise RunError(f"{path}, line {number}: round {line.round} stands after round {rounds[-1].round}")
         rounds.append(line)
     return rounds
 
 
-def _results(summary: _Summary, path: Path) -> dict[str, ClientResult]:
-    metric = metric_of(summary.row.model_dump(exclude_unset=True))
+def _results(summary: Summary, path: Path) -> dict[str, ClientResult]:
+    metric = metric_of(summary.row.told())
     results = {}
     for client, line in summary.clients.items():
         told = line.model_extra or {}
@@ -406,7 +295,7 @@ def _results(summary: _Summary, path: Path) -> dict[str, ClientResult]:
     return results
 
 
-def _counts(partition: _Partition, path: Path) -> np.ndarray | None:
+def _counts(partition: Partition, path: Path) -> np.ndarray | None:
     if partition.counts is None:
         return None
     rows = [partition.counts.get(client, []) for client in partition.clients]

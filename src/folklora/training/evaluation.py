@@ -15,6 +15,7 @@ from folklora.backbones.task import Task
 from folklora.backbones.text_metrics import TEXT_METRICS
 from folklora.recipe import EvalSection
 from folklora.training.generation import generate as answers_of
+from folklora.training.generation import prompt_tokens
 from folklora.training.prediction import Question, predict
 
 Chats = Mapping[str, Sequence[Turns]]
@@ -56,11 +57,11 @@ def written(
 
     Each client answers at most ``section.examples`` prompts, the same for each of its models.
     """
-    room = min(section.max_new_tokens, task.backbone.max_length // 2)
     chosen = {q.client: spread(chats[q.client], section.examples) for q in questions}
-    asked = [replace(q, examples=[task.encode_prompt(chat, room) for chat in chosen[q.client]]) for q in questions]
+    most = section.max_new_tokens
+    asked = [replace(q, examples=[prompt_tokens(task, chat, most) for chat in chosen[q.client]]) for q in questions]
     found: dict[str, dict[str, float]] = {}
-    for client, answers in answers_of(task, adapter, asked, section.max_new_tokens).items():
+    for client, answers in answers_of(task, adapter, asked, most).items():
         pairs = [(chat[-1][1], task.decode(ids)) for chat, ids in zip(chosen[client], answers, strict=True)]
         if pairs:
             found[client] = {

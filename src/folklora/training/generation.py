@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.backbones.batch import Batch, TokenIds
+from folklora.backbones.conversation import Turns
 from folklora.errors import BackboneError
 from folklora.randomness import numpy_generator
 from folklora.training.prediction import Question
@@ -65,6 +66,11 @@ def refuse_speechless(task: Any) -> None:
         )
 
 
+def prompt_tokens(task: CausalLM, chat: Turns, max_new_tokens: int) -> list[int]:
+    """A prompt as `CausalLM.encode_prompt` makes it, cut so that the answer has room, if not more than the half."""
+    return task.encode_prompt(chat, min(max_new_tokens, task.backbone.max_length // 2))
+
+
 def generate(
     task: CausalLM,
     adapter: LowRank,
@@ -82,7 +88,7 @@ def generate(
     Parameters
     ----------
     questions
-        Of one client each; their examples are prompts, as `CausalLM.encode_prompt` makes them.
+        Of one client each; their examples are prompts, as `prompt_tokens` makes them.
     max_new_tokens
         Where an answer ends at the latest; it also ends where the model has no more positions.
     tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,6 +52,7 @@ def config(family: str, **changes: Any) -> Any:
     return kind(**{key: value for key, value in {**own, **changes}.items() if value is not None or "window" in key})
 
 
+@cache
 def stock(family: str, **changes: Any) -> Any:
     """The model of Hugging Face's own; biases and norms are moved off their special values."""
     from transformers import AutoModelForCausalLM
@@ -100,6 +102,4 @@ def lab() -> SimpleNamespace:
         dialogues([(5, 5)], seed=1),
         dialogues([(30, 2), (2, 17)], seed=2),
     ]
-    return SimpleNamespace(
-        config=config, stock=stock, words=words, task_of=task_of, dialogues=dialogues, groups=groups
-    )
+    return SimpleNamespace(config=config, stock=stock, words=words, task_of=task_of, dialogues=dialogues, groups=groups)

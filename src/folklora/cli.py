@@ -221,17 +221,22 @@ def export(
     path: RunFolder,
     client: Annotated[str, typer.Option(help="The client's id")],
     to: Annotated[Path, typer.Option(help="New folder")],
+    base: Annotated[
+        str | None, typer.Option(help="What it names as its base model; default: as that is called here, path or not")
+    ] = None,
     tuned: Tuned = False,
 ) -> None:
     """Write one client's adapter as a stock PEFT LoRA folder, with its head."""
     from folklora.federation.handover import export as library_export
     from folklora.federation.run import recipe_of
 
-    out.print(f"adapter: {library_export(path, client, to, tuned=tuned)}", soft_wrap=True)
-    if bits := recipe_of(path).model.bits:
+    out.print(f"adapter: {library_export(path, client, to, tuned=tuned, base=base)}", soft_wrap=True)
+    model = recipe_of(path).model
+    coarse = f"of {model.bits} bits (model.bits)" if model.bits else f"kept by {model.quantize} (model.quantize)"
+    if model.bits or model.quantize != "none":
         err.print(
-            f"note: it was trained on a backbone of {bits} bits (model.bits); on the full-precision backbone that "
-            "stock PEFT loads beside it, its answers differ a little",
+            f"note: it was trained on a backbone {coarse}; on the full-precision backbone that stock PEFT loads "
+            "beside it, its answers differ a little",
             soft_wrap=True,
         )
 

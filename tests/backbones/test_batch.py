@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folklora.backbones.batch import Batch, pack, pad
+from folklora.backbones.batch import Batch, pack, pad, repeat
 
 LAYOUTS = {"pack": pack, "pad": pad}
 PAD = -7  # no real token: whatever shows up where a token belongs is a mistake
@@ -155,7 +156,7 @@ def test_a_clients_batch_repeated_is_that_of_clients_who_have_the_same() -> None
 
 
 def test_rows_are_no_longer_than_the_limit() -> None:
-    group = [[1] * 5] * 40
+    group = [[1] * 11, [1] * 7] * 20
     assert pack([group], 0).row_length > 17
     assert pack([group], 0, limit=17).row_length <= 17
-    assert pack([group], 0, limit=3).row_length == 5
+    assert pack([group], 0, limit=3).row_length == 11

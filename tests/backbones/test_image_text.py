@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from folklora.adapters.layers import Bank
+from folklora.backbones import towers
 from folklora.backbones.image_text import ImageText, ImageTextBackbone
 from folklora.errors import BackboneError, DataError
 from folklora.recipe import TrainSection
@@ -103,6 +104,26 @@ def test_embeddings_are_the_stock_models(
     torch.testing.assert_close(seen, expected.image_embeds, rtol=1e-5, atol=1e-5)
     assert (expected.text_embeds[:-1] - expected.text_embeds[1:]).norm(dim=1).min() > 0.05  # or all tests would pass
     assert backbone.width == expected.text_embeds.shape[1]
+
+
+def test_clips_own_tokenizer_which_pads_with_its_end(
+    seeing_model: Callable[[str], Path], tmp_path: Path, noise: Callable[..., Any]
+) -> None:
+    from transformers import CLIPTokenizer
+
+    folder = Path(shutil.copytree(seeing_model("clip-old"), tmp_path / "clip"))
+    letters = [*"abcdefghij", *(f"{letter}</w>" for letter in "abcdefghij")]
+    words = ["<|startoftext|>", *letters, *(f"unused{i}" for i in range(20)), "<|endoftext|>"]
+    for path in folder.glob("token*"):
+        path.unlink()
+    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    backbone = load(folder)
+    texts = ["a bad dead face", "A JIG", "fade abide a cab badge"]
+    expected = stock_output(stock(folder), folder, noise(1), texts).text_embeds
+    with torch.no_grad():
+        embedded = backbone.embed_texts(backbone.text_batch([backbone.encode_texts(texts)]))
+    torch.testing.assert_close(embedded, expected, rtol=1e-5, atol=1e-5)
+    assert backbone.tokenizer.pad_token_id == backbone.tokenizer.eos_token_id
 
 
 def test_texts_are_cut_where_the_recipe_says(seeing_model: Callable[[str], Path]) -> None:
@@ -405,6 +426,18 @@ def test_attention_may_be_computed_either_way(
     expected = company(task).answers(groups_of(task, noise))
     task.backbone.attend(how)
     torch.testing.assert_close(company(task).answers(groups_of(task, noise)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_kernels_are_for_many_tokens(
+    seeing_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load(seeing_model("clip"))
+    chosen = lambda: backbone.run(lambda model: model.vision_model.config._attn_implementation, None)
+    backbone.attend("auto")
+    assert chosen() == "eager"
+    monkeypatch.setattr(towers, "FUSED_FROM", 5)
+    backbone.attend("auto")
+    assert chosen() == "sdpa"
 
 
 def test_checkpointing_changes_no_gradient(

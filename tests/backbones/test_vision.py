@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from folklora.backbones.backbone import Backbone
+from folklora.backbones.quantize import WeightBits
 from folklora.backbones.vision import ImageClassification, VisionBackbone
 from folklora.errors import BackboneError
 from folklora.recipe import TrainSection
@@ -136,6 +137,15 @@ def test_a_frozen_backbone_has_no_gradient_and_features_no_adapter(
     np.testing.assert_allclose(features(task, task.encode(raw), tokens=12), expected, rtol=1e-4, atol=1e-5)
     assert task.width == 32
     assert not any(p.requires_grad for p in task.backbone.run(lambda model: model, None).parameters())
+
+
+def test_few_bits_a_weight(seeing_model: Callable[[str], Path], noise: Callable[..., Any]) -> None:
+    whole, coarse = (load(seeing_model("vit"), weight_bits=bits) for bits in (None, WeightBits(4)))
+    assert coarse.stored < whole.stored / 4
+    with torch.no_grad():
+        states, rounded = (b.hidden(b.batch([b.encode(noise(3))])) for b in (whole, coarse))
+    error = float((rounded - states).norm() / states.norm())
+    assert 0.01 < error < 0.5
 
 
 # -- the task --------------------------------------------------------------------------------------------------------

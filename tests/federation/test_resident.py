@@ -134,7 +134,7 @@ def test_a_score_makes_no_version(server: Server, reply: bytes) -> None:
     versions = server.folder.state().versions
     told = part("reply", reply)
     found = server.ask("score", 1, base=1, questions=["test", "test+reply", "validation+reply"], **told)
-    assert found["counted"][0] == found["counted"][1] > 0
+    assert found["units"][0] == found["units"][1] > 0
     assert server.folder.state().versions == versions
     assert server.folder.state().reply == told["reply"]
 

@@ -164,7 +164,7 @@ class Frozen:
             raise BackboneError(f'model.attention = "{how}": {self.model_type} cannot; allowed: "auto" or "eager"')
 
     def attention(self, model: Any) -> str:
-        """What "auto" means: an encoder's short texts gain nothing from fused kernels."""
+        """What "auto" means. Encoders of short texts gain little: MiniLM, packed, is 6 % faster with "sdpa"."""
         return "eager"
 
     def tokens_digest(self) -> bytes:

@@ -8,6 +8,7 @@ from `folklora.backbones.quantize` in that memory is really saved, and that each
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,6 +115,7 @@ def _configuration(how: str) -> Any:
     for package in NEEDS[library]:
         if importlib.util.find_spec(package) is None:
             raise BackboneError(f'{package} is not installed; pip install {package}, or allowed: "none"')
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every call how it computes
     if how == "bitsandbytes-8bit":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     if how == "bitsandbytes-4bit":

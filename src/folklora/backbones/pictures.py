@@ -25,6 +25,9 @@ MAX_SIDE = 4096
 MAX_RESIZED = 2**26
 """Pixels of a picture between resizing and cropping, which for a long thin one may be far more than the model takes."""
 
+FUSED_FROM = 128
+"""Tokens of a picture from which fused attention kernels pay: below, they cost more than the few weights they spare."""
+
 SETTINGS = ("size", "crop_size", "do_resize", "do_center_crop", "do_pad", "resample", "image_processor_type")
 
 

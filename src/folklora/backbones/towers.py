@@ -24,7 +24,7 @@ from folklora.backbones.backbone import PROBE
 from folklora.backbones.batch import Batch, TokenIds, pack, pad
 from folklora.backbones.frozen import Frozen, choose_targets
 from folklora.backbones.loading import device_of, image_processor_of, pretrained, refuse_other_kind, tokenizer_of
-from folklora.backbones.pictures import PictureBatch, PictureProcessor, Pixels, lay_out_pictures
+from folklora.backbones.pictures import FUSED_FROM, PictureBatch, PictureProcessor, Pixels, lay_out_pictures
 from folklora.backbones.quantize import WeightBits
 from folklora.backbones.tokenwise import tokenwise
 from folklora.errors import BackboneError
@@ -142,6 +142,9 @@ class ImageTextBackbone(Frozen):
 
     def _is_in_towers(self, name: str) -> bool:
         return name.startswith(tuple(PARTS[tower] for tower in self._towers))
+
+    def attention(self, model: Any) -> str:
+        return "sdpa" if self.tokens >= FUSED_FROM and model._supports_sdpa else "eager"
 
     def encode_pictures(self, pictures: Sequence[np.ndarray]) -> list[Pixels]:
         """Bytes of the model's size; raises `DataError` where something is no picture."""

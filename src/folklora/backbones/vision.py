@@ -13,7 +13,7 @@ from folklora.adapters.layers import Bank
 from folklora.backbones.classification import LinearHead
 from folklora.backbones.frozen import Frozen, choose_targets
 from folklora.backbones.loading import device_of, image_processor_of, pretrained, refuse_other_kind
-from folklora.backbones.pictures import PictureBatch, PictureProcessor, Pixels, lay_out_pictures
+from folklora.backbones.pictures import FUSED_FROM, PictureBatch, PictureProcessor, Pixels, lay_out_pictures
 from folklora.backbones.quantize import WeightBits
 from folklora.backbones.tokenwise import tokenwise
 from folklora.errors import BackboneError
@@ -93,6 +93,9 @@ class VisionBackbone(Frozen):
 
     def norm_layers(self, model: nn.Module) -> list[str]:
         return [name for name in super().norm_layers(model) if name in self._tokenwise]
+
+    def attention(self, model: Any) -> str:
+        return "sdpa" if self.tokens >= FUSED_FROM and model._supports_sdpa else "eager"
 
     def encode(self, pictures: Sequence[np.ndarray]) -> list[Pixels]:
         """Bytes of the model's size; raises `DataError` where something is no picture."""

@@ -16,7 +16,7 @@ from folklora.federation.run import ClientModel, client_model, recipe_of
 from folklora.federation.setup import Setup
 
 
-def export(path: str | Path, client: str, to: str | Path, *, tuned: bool = False) -> Path:
+def export(path: str | Path, client: str, to: str | Path, *, tuned: bool = False, base: str | None = None) -> Path:
     """One client's adapter as a stock PEFT LoRA folder; see `folklora.adapters.peft.save_peft`.
 
     Parameters
@@ -25,10 +25,13 @@ def export(path: str | Path, client: str, to: str | Path, *, tuned: bool = False
         A run directory, or the folder that a member keeps of a network run.
     tuned
         The model as the client's own last training left it, before the server's last reply.
+    base
+        What the folder names as its base model; default: the backbone as it is called on this machine, which may be a
+        path.
     """
     model = client_model(path, client, tuned=tuned)
     setup = model.setup
-    base = find(setup.recipe.model.name)
+    base = base or find(setup.recipe.model.name)
     transposed = setup.task.backbone.transposed
     use = _use(setup)
     return save_peft(to, model.tensors, setup.method.adapter, base, _classes(setup), use, transposed=transposed)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +21,12 @@ from torch.nn import functional as F
 
 from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.backbones.batch import Batch, TokenIds
+from folklora.backbones.causal import CausalLM
 from folklora.backbones.conversation import Turns
 from folklora.errors import BackboneError
 from folklora.randomness import numpy_generator
 from folklora.training.prediction import Question
 from folklora.training.stacks import plug, stack
-
-if TYPE_CHECKING:
-    from folklora.backbones.causal import CausalLM
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,6 @@ GREEDY = Sampling()
 
 def refuse_speechless(task: Any) -> None:
     """Raises BackboneError if nothing can be generated with a task."""
-    from folklora.backbones.causal import CausalLM
-
     if not isinstance(task, CausalLM):
         raise BackboneError('the model writes no text; allowed: model.task = "causal-lm"')
     if task.backbone.run(lambda model: getattr(model, "_is_stateful", False), None, torch.float32):

@@ -175,7 +175,7 @@ def test_a_backbone_in_few_bits_trains_and_answers(
     wanted, slopes = company(CausalLM(full)).losses(lab.groups, LABELS, dtype=torch.float32)
     torch.testing.assert_close(losses, wanted, rtol=coarse, atol=0)
     for name, slope in slopes.items():
-        assert float((grads[name] - slope).norm()) < 2 * coarse * float(slope.norm())
+        assert float((grads[name] - slope).norm()) < 4 * coarse * float(slope.norm())
     half, _ = group.losses(lab.groups, LABELS)
     torch.testing.assert_close(half, losses, rtol=0.05, atol=0)
     low.checkpoint()

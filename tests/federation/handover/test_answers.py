@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from folklora import cli
 from folklora.data.pictures import read_picture
 from folklora.errors import DataError, RunError
 from folklora.federation.answers import predict
@@ -83,8 +83,9 @@ def test_a_prompt_is_answered_as_the_merged_model_goes_on(finished: Finished, tm
             with torch.no_grad():
                 token = stock(input_ids=ids).logits[0, -1].argmax()
             ids = torch.cat([ids, token[None, None]], dim=1)
-        said = tokenizer.decode(ids[0, -6:], skip_special_tokens=True)
-        assert answer["answer"] == said.partition("[SEP]")[0]
+        said = ids[0, -6:].tolist()
+        end = said.index(tokenizer.sep_token_id) if tokenizer.sep_token_id in said else None
+        assert answer["answer"] == tokenizer.decode(said[:end], skip_special_tokens=True)
     assert len({answer["answer"] for answer in answers}) > 1
 
 
@@ -141,29 +142,49 @@ def test_an_unknown_client_is_one_line(finished: Finished, shown: Path) -> None:
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
-def folklora(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "folklora.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+@pytest.fixture
+def folklora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``folklora("predict", run, ...)`` as the entry point runs it: exit code, stdout, stderr."""
+
+    def command(*arguments: Any) -> tuple[int, str, str]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["folklora", *map(str, arguments)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return code or 0, *capfd.readouterr()
+
+    return command
 
 
-def test_the_commands(finished: Finished, shown: Path, tmp_path: Path) -> None:
+def test_the_commands(
+    finished: Finished, shown: Path, tmp_path: Path, folklora: Callable[..., tuple[int, str, str]]
+) -> None:
     run, picture = finished("clip"), tmp_path / "[red] a.png"
     shutil.copyfile(shown / "w2" / "1.png", picture)
-    found = folklora("predict", run, "--client", "1", "--image", picture, "--image", shown / "w1" / "0.png", "--json")
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout) == predict(run, "1", (), [picture, shown / "w1" / "0.png"])
-    ranked = folklora("predict", run, "--client", "1", "--image", picture, "w4 w1", "w5")
+    asked = ("--client", "1", "--image", picture)
+    code, said, noise = folklora("predict", run, *asked, "--image", shown / "w1" / "0.png", "--json")
+    assert code == 0, noise
+    assert json.loads(said) == predict(run, "1", (), [picture, shown / "w1" / "0.png"])
+    code, said, _ = folklora("predict", run, *asked, "w4 w1", "w5")
     (answer,) = predict(run, "1", ["w4 w1", "w5"], [picture])
     lines = [f"{each['text']}  ({100 * each['probability']:.1f} %)  {picture}" for each in answer["ranking"]]
-    assert ranked.stdout.splitlines() == lines
-    refused = folklora("predict", run, "--client", "1", "--image", tmp_path / "absent.png")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("error: ")
-    assert refused.stderr.count("\n") == 1
-    merged = folklora("merge", run, "--client", "1", "--to", tmp_path / "merged")
-    assert (merged.returncode, merged.stdout) == (0, f"model: {tmp_path / 'merged'}\n")
-    again = folklora("merge", run, "--client", "1", "--to", tmp_path / "merged")
-    assert (again.returncode, again.stdout, again.stderr.count("\n")) == (2, "", 1)
+    assert (code, said.splitlines()) == (0, lines)
+    code, said, noise = folklora("predict", run, "--client", "1", "--image", tmp_path / "absent.png")
+    assert (code, said, noise.count("\n")) == (2, "", 1)
+    assert noise == f"error: {tmp_path / 'absent.png'}: no such file; allowed: a PNG, JPEG, WEBP, BMP or GIF picture\n"
+    merged = ("merge", run, "--client", "1", "--to", tmp_path / "merged")
+    assert folklora(*merged)[:2] == (0, f"model: {tmp_path / 'merged'}\n")
+    code, said, noise = folklora(*merged)
+    assert (code, said, noise.count("\n")) == (2, "", 1)
+
+
+def test_an_answer_is_printed(finished: Finished, folklora: Callable[..., tuple[int, str, str]]) -> None:
+    code, said, noise = folklora("predict", finished("llama"), "--client", "0", "w1 w2")
+    (answer,) = predict(finished("llama"), "0", ["w1 w2"])
+    assert (code, said) == (0, f"{answer['answer']}\n"), noise
 
 
 def test_a_member_asks_its_own_folder(finished: Finished, shown: Path, federated: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +181,14 @@ def test_how_a_model_is_used_is_spelt_out(finished: Finished, tmp_path: Path) ->
         assert json.loads((tmp_path / name / "task.json").read_text()) == use
 
 
+def test_a_folder_names_the_base_that_it_is_told_to(finished: Finished, tmp_path: Path) -> None:
+    run = finished("text")
+    export(run, "0", tmp_path / "peft", base="org/name")
+    written = [file.read_bytes() for file in (tmp_path / "peft").iterdir()]
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/name"
+    assert not any(str(run.parent).encode() in content for content in written)
+
+
 def test_trained_norms_are_merged_and_tuned_is_another_model(finished: Finished, shown: Path, tmp_path: Path) -> None:
     run = finished("text", "adapter.norm=true")
     merge(run, "1", tmp_path / "merged")
@@ -223,6 +232,18 @@ def test_a_coarse_backbone_is_not_merged(finished: Finished, tmp_path: Path) -> 
     assert "`folklora export`" in one_line(caught)
     export(run, "1", tmp_path / "peft")  # which says so on the command line
     assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+def test_a_backbone_that_a_library_keeps_in_few_bits_is_not_merged(finished: Finished, tmp_path: Path) -> None:
+    """Refused by the recipe alone: the library need not be here."""
+    run = tmp_path / "run"
+    shutil.copytree(finished("text"), run)
+    written = (run / "recipe.toml").read_text()
+    assert 'quantize = "none"' in written
+    (run / "recipe.toml").write_text(written.replace('quantize = "none"', 'quantize = "torchao-int8"'))
+    with pytest.raises(RunError, match="model.quantize = torchao-int8: an ordinary checkpoint") as caught:
+        merge(run, "1", tmp_path / "new")
+    one_line(caught)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(finished: Finished, tmp_path: Path) -> None:

@@ -178,7 +178,8 @@ _BYTES = ("bytes_up_per_client_round", "bytes_down_per_client_round", "bytes_onc
 COUNTS = "*a difference that counts*"
 
 
-def _bytes(rows: Sequence[Row]) -> list[str]:
+def bytes_cells(rows: Sequence[Row]) -> list[str]:
+    """What a client sends a round, receives a round, and once; mean over seeds."""
     return [human_bytes(statistics.fmean(row[key] for row in rows)) for key in _BYTES]
 
 
@@ -225,7 +226,7 @@ def accuracy(chosen: Callable[[str], bool]) -> Callable[[], str]:
         lines = []
         for variant, made in cells.items():
             some = next(rows for name in names if (rows := results.of(variant, name)))
-            lines.append([label(variant), *made, *_bytes(some)])
+            lines.append([label(variant), *made, *bytes_cells(some)])
         header = ["method", *names, "up, client and round", "down", "once"]
         return markdown(header, [*lines, [COUNTS, *noise, "", "", ""]]) + results.note("methods", names)
 
@@ -409,7 +410,7 @@ def ranks() -> str:
     lines = []
     for row, made in cells.items():
         column = next(column for column in columns if values(row, column))
-        lines.append([row, *made, *_bytes(results.of(entries[row][column], column.rpartition(": ranks ")[0]))[:2]])
+        lines.append([row, *made, *bytes_cells(results.of(entries[row][column], column.rpartition(": ranks ")[0]))[:2]])
     header = ["method", *columns, "up, client and round", "down"]
     return markdown(header, [*lines, [COUNTS, *noise, "", ""]]) + results.note("ranks")
 
@@ -501,7 +502,7 @@ def methods() -> str:
                 (cls.paper or "").removeprefix("arXiv:"),
                 "own" if own_model(cls) else "one for all",
                 "yes" if cls.mixed_ranks else "no",
-                *(_bytes(rows) if rows else ["-", "-", "-"]),
+                *(bytes_cells(rows) if rows else ["-", "-", "-"]),
                 f"{statistics.fmean(errors):.1e}" if errors else "-",
                 f"{statistics.fmean(times):.1f}" if times else "-",
             ]

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from accuracy_tables import COUNTS, NOT_RUN, Column, Row, _bytes, label, load, markdown
+from accuracy_tables import COUNTS, NOT_RUN, Column, Row, bytes_cells, label, load, markdown
 
 from folklora.backbones.metric import KNOWN, Metric, metric_of
 
@@ -47,7 +47,7 @@ def task(name: str) -> Callable[[], str]:
             worst = spread((row[f"{metric.name}_worst_tenth"] for row in found), metric, planned)
             more = [spread((row[f"{m.name}_mean"] for row in found), m, planned) for m in besides]
             rate = "-" if variant in SIGNS else f"{found[0]['lr']:g}"
-            lines.append([SIGNS.get(variant) or label(variant), shown, worst, *more, rate, *_bytes(found)])
+            lines.append([SIGNS.get(variant) or label(variant), shown, worst, *more, rate, *bytes_cells(found)])
         counts = "-" if judged.difference is None else metric.number(judged.difference)
         lines.append([COUNTS, counts, *[""] * (len(besides) + 5)])
         header = ["method", f"{metric.words}{metric.unit}", "worst tenth", *(f"{m.words}{m.unit}" for m in besides)]

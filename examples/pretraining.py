@@ -114,7 +114,7 @@ def pretrain(
     model.train()
     while (used := budget.used(step, seconds := before + time.monotonic() - started)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = lr * _rate(used, budget.used(step + 1, seconds))
+            group["lr"] = lr * learning_rate(used, budget.used(step + 1, seconds))
         with precision(device):
             value = loss(np.random.default_rng([told["seed"], step]))
         optimizer.zero_grad()
@@ -141,7 +141,7 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _rate(used: float, after: float) -> float:
+def learning_rate(used: float, after: float) -> float:
     """Up in a straight line, then down along a cosine: the fraction of the peak."""
     if used < WARMUP:
         return max(used, min(after, WARMUP)) / WARMUP

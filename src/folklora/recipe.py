@@ -46,7 +46,7 @@ class ModelSection(Section):
     pooling: Literal["auto", "mean", "cls", "last"] = Field("auto", description="token states -> one feature")
     template: str | None = Field(
         None,
-        description='what stands around a prompt without a chat template, or around a class name; "{}" is its place',
+        description='what stands around a prompt (not the chat template), or around a class name; "{}" is its place',
     )
     max_length: int = Field(128, ge=2, le=8192, description="tokens; longer texts are cut")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="training compute; evaluation is float32")

@@ -55,6 +55,16 @@ def clip() -> nn.Module:
     return model
 
 
+def siglip() -> nn.Module:
+    from transformers import AutoModel, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+
+    text = SiglipTextConfig(vocab_size=20, **SMALL, max_position_embeddings=8, projection_size=16)
+    vision = SiglipVisionConfig(**SMALL, image_size=8, patch_size=4)
+    config = SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
+    model: nn.Module = AutoModel.from_config(config)
+    return model
+
+
 def bert() -> nn.Module:
     from transformers import AutoModel, BertConfig
 
@@ -100,6 +110,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, list[tuple[Call, int]]]] = 
     "qwen2": (lambda: causal("qwen2"), "causal-lm", [(logits, 8)]),
     "gpt2": (lambda: causal("gpt2"), "causal-lm", [(logits, 8)]),
     "clip": (clip, "image-text", [(of_text, 8), (of_pictures, 10)]),
+    "siglip": (siglip, "image-text", [(of_text, 8), (of_pictures, 8)]),  # no class token
     "vit": (vit, "classification", [(states, 10)]),
     "bert": (bert, "classification", [(hidden, 8)]),
 }

@@ -130,7 +130,7 @@ def test_the_clip_loads_and_sees_what_it_was_trained_on(prepared: Path, tmp_path
 
 def test_the_learning_rate_follows_what_is_used_of_the_budget() -> None:
     steps = Budget(100, None)
-    rates = [pretraining._rate(steps.used(i, 0), steps.used(i + 1, 0)) for i in range(100)]
+    rates = [pretraining.learning_rate(steps.used(i, 0), steps.used(i + 1, 0)) for i in range(100)]
     top = rates.index(max(rates))
     assert rates[0] > 0
     assert rates[:top] == sorted(rates[:top])

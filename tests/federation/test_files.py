@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,19 +76,31 @@ def test_what_is_there_is_not_overwritten_by_a_folder(tmp_path: Path, there: str
     assert list(tmp_path.iterdir()) == [place]
 
 
+def filled(place: Path, then: Callable[[], object] = lambda: None) -> None:
+    with whole_folder(place) as folder:
+        (folder / "file").write_text("data")
+        then()
+
+
 def test_a_folder_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="No space left on device") as caught, whole_folder(tmp_path / "full") as folder:
-        (folder / "file").write_text("data")
+    def full() -> None:
         raise OSError(28, "No space left on device")
-    assert str(tmp_path / "full") in str(caught.value)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be written"), whole_folder(tmp_path / "file" / "below"):
-        raise AssertionError("not reached")
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "stopped") as folder:
-        (folder / "file").write_text("data")
+
+    def stopped() -> None:
         raise KeyboardInterrupt
-    with pytest.raises(RunError, match="cannot be written"), whole_folder(tmp_path / "taken") as folder:
+
+    def taken() -> None:
         (tmp_path / "taken").mkdir()
         (tmp_path / "taken" / "of another").write_text("data")
+
+    with pytest.raises(RunError, match="full: cannot be written: No space left on device"):
+        filled(tmp_path / "full", full)
+    with pytest.raises(KeyboardInterrupt):
+        filled(tmp_path / "stopped", stopped)
+    with pytest.raises(RunError, match="cannot be written"):
+        filled(tmp_path / "taken", taken)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        filled(tmp_path / "file" / "below")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "taken"}
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["of another"]

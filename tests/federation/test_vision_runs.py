@@ -123,3 +123,17 @@ def test_a_model_of_another_kind(
 def test_a_template_without_a_place_is_refused_before_work_starts(recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(FolkLoraError, match="template"):
         recipe("clip", "model.template=a photo")
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip", "clip captions"])
+def test_over_the_network_engine_it_is_the_same(
+    recipe: Callable[..., Recipe], tmp_path: Path, federated: Callable[..., Any], kind: str
+) -> None:
+    made = recipe(kind, "method.name=celora", "train.cohort=1")
+    whole = run(made, tmp_path / "whole")
+    clients = ("room-0", "room-1", "room-2") if kind.endswith("captions") else ("0", "1", "2")
+    row = federated(made, clients).play()["row"]
+    seconds = [name for name in row if name.startswith("seconds")]
+    assert {name: row[name] for name in row if name not in [*seconds, "aggregation_error"]} == pytest.approx(
+        {name: whole["row"][name] for name in row if name not in [*seconds, "aggregation_error"]}
+    )

@@ -118,9 +118,10 @@ def save_peft(
     norms = {name.removeprefix("norm/"): tensor for name, tensor in tensors.items() if name.startswith("norm/")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        # Not `save_file`: it makes files that nobody but their owner can read, and a server may be somebody else.
+        (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
         if norms:
-            safetensors.torch.save_file(norms, folder / "norms.safetensors")
+            (folder / "norms.safetensors").write_bytes(safetensors.torch.save(norms))
         save_beside(folder, tensors, classes, use)
         # The configuration comes last: a folder that has it is whole.
         config = _config(adapter, folded, base_model, _TASK_TYPES.get(use["task"], "FEATURE_EXTRACTION"), transposed)
@@ -137,7 +138,7 @@ def save_beside(folder: Path, tensors: Tensors, classes: tuple[str, ...], use: M
     it has classes, and ``task.json``.
     """
     if head := {name.removeprefix("head/"): each for name, each in tensors.items() if name.startswith("head/")}:
-        safetensors.torch.save_file(head, folder / "head.safetensors")
+        (folder / "head.safetensors").write_bytes(safetensors.torch.save(head))
     for name, document in (("classes.json", list(classes)), ("task.json", dict(use))):
         if document:
             (folder / name).write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -27,7 +27,7 @@ from folklora.adapters.lowrank import Shapes, Tensors
 from folklora.backbones.batch import Batch, TokenIds, repeat
 from folklora.backbones.classification import accuracy, mean_cross_entropy
 from folklora.backbones.contrastive import contrastive_losses, places, retrieved
-from folklora.backbones.metric import ACCURACY, Score
+from folklora.backbones.metric import ACCURACY, TEXT_TO_IMAGE, Score
 from folklora.backbones.pictures import PictureBatch, Pixels
 from folklora.backbones.task import Plug
 from folklora.backbones.towers import ImageTextBackbone
@@ -211,7 +211,7 @@ class ImageText:
         pictures, texts = answers[:, : self.width], answers[:, self.width : 2 * self.width]
         _, captions = np.unique(answers[:, 2 * self.width :], axis=0, return_inverse=True)
         back = retrieved(texts, pictures, captions) / len(answers)
-        return Score(float(retrieved(pictures, texts, captions)), len(answers), {"text_to_image": back})
+        return Score(float(retrieved(pictures, texts, captions)), len(answers), {TEXT_TO_IMAGE.name: back})
 
     def _logits(self, layout: ImageTextLayout, plugged: Plug, dtype: torch.dtype | None) -> Tensor:
         pictures = self._pictures(layout, plugged, dtype)

@@ -63,8 +63,9 @@ LOSS = Metric("loss", higher=False, percent=False)
 PERPLEXITY = Metric("perplexity", higher=False, percent=False, digits=1)
 ROUGE_L = Metric("rouge_l", higher=True, percent=True, digits=1)
 EXACT_MATCH = Metric("exact_match", higher=True, percent=True, digits=1)
+TEXT_TO_IMAGE = Metric("text_to_image", higher=True, percent=True, digits=1)
 
-KNOWN: Mapping[str, Metric] = {m.name: m for m in (ACCURACY, LOSS, PERPLEXITY, ROUGE_L, EXACT_MATCH)}
+KNOWN: Mapping[str, Metric] = {m.name: m for m in (ACCURACY, LOSS, PERPLEXITY, ROUGE_L, EXACT_MATCH, TEXT_TO_IMAGE)}
 """All that results may hold, as what a task is judged by or beside it."""
 
 

@@ -216,7 +216,9 @@ QUESTION = " ".join(f"w{i}" for i in range(10))
         ("w30", 4, "<bos> w9", "w30 <eos>"),
         ("w30", 3, "w9", "w30 <eos>"),
         ("w30 w31", 3, "w9", "w30 w31"),
-        ("w30 w31 w32 w33", 4, "w9", "w30 w31 w32"),
+        ("w30 w31 w32 w33", 4, "<bos> w9", "w30 w31"),  # cut anyway: the question keeps a half
+        ("w30 w31 w32 w33", 5, "<bos> w9", "w30 w31 w32"),
+        ("w30 w31 w32 w33", 6, "w9", "w30 w31 w32 w33 <eos>"),
         ("w30", 2, "w9", "w30"),
     ],
 )
@@ -249,7 +251,7 @@ def test_how_many_are_cut_is_said_once(lab: SimpleNamespace, caplog: pytest.LogC
         task.encode(chats)
         task.encode(chats[:1])
     assert [record.getMessage() for record in caplog.records] == [
-        "3 of 4 examples are longer than 6 tokens: 3 prompts cut on the left, 2 responses on the right"
+        "3 of 4 examples are longer than 6 tokens: 2 prompts cut on the left, 2 responses on the right"
     ]
 
 

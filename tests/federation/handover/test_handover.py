@@ -105,13 +105,25 @@ def alike(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted[:, : found.shape[1]], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ASKED)
+# Methods that change the frozen weights, or whose clients have ranks of their own.
+METHODS = {
+    "fedit": [],
+    "flora": ["adapter.rank=[2, 4]"],
+    "fedex": [],
+    "federa": [],
+    "hetlora": ["adapter.rank=[2, 4]", "method.gamma=0.5"],
+}
+EXPORTED = [*((name, "fedit") for name in ASKED), *(("text", name) for name in METHODS if name != "fedit")]
+EXPORTED += [("clip", "flora"), ("gpt2", "flora")]
+
+
+@pytest.mark.parametrize(("name", "method"), EXPORTED)
 def test_an_exported_adapter_on_the_stock_base_answers_as_we_do(
-    finished: Finished, shown: Path, tmp_path: Path, name: str
+    finished: Finished, shown: Path, tmp_path: Path, name: str, method: str
 ) -> None:
     from peft import PeftModel
 
-    run = finished(name)
+    run = finished(name, f"method.name={method}", *METHODS[method])
     assert export(run, "1", tmp_path / "peft") == tmp_path / "peft"
     auto, folder = base(run)
     stock = auto.from_pretrained(folder)
@@ -165,6 +177,8 @@ def test_what_lies_in_the_folders(finished: Finished, tmp_path: Path, name: str)
     merge(run, "0", tmp_path / "merged")
     found = {path.name for path in (tmp_path / "peft").iterdir()}
     assert found == {"adapter_config.json", "adapter_model.safetensors"} | BESIDE[name]
+    modes = {path.stat().st_mode for folder in ("peft", "merged") for path in (tmp_path / folder).iterdir()}
+    assert modes == {(tmp_path / "peft" / "task.json").stat().st_mode}  # whoever may read one may read all
     found = {path.name for path in (tmp_path / "merged").iterdir()}
     assert found == {"config.json", "model.safetensors"} | BESIDE[name] | READS[name.replace("captions", "clip")]
 

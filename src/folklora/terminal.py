@@ -74,7 +74,7 @@ class Shown:
         parts.append(f"{(metrics['bytes_up'] + metrics['bytes_down']) / 1000:,.1f} kB moved")
         if metrics["failed"]:
             parts.append(f"failed: {', '.join(metrics['failed'])}")
-        err.print(" · ".join(parts), style="yellow" if metrics["failed"] else None)
+        err.print(" · ".join(parts), style="yellow" if metrics["failed"] else None, soft_wrap=True)
 
 
 def _score(validation: Mapping[str, Any]) -> str:

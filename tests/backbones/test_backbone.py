@@ -203,7 +203,11 @@ def refused(message: str, call: Callable[[], object]) -> str:
 
 @pytest.mark.parametrize(
     ("targets", "message"),
-    [("(", "not a regular expression"), ("query", "matches no linear layer"), ("", "matches no")],
+    [
+        ("(", "not a regular expression.*allowed: "),
+        ("query", "matches no linear layer.*allowed: "),
+        ("", "matches no"),
+    ],
 )
 def test_targets_that_cannot_be_meant_are_refused(
     tiny_model: Callable[[str], Path], targets: str, message: str
@@ -385,6 +389,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a configuration that is no JSON": lambda folder: (folder / "config.json").write_text("{"),
     "an unknown architecture": lambda folder: change_config(folder, model_type="strange"),
     "code of its own": own_code,
+    "a width that is no number": lambda folder: change_config(folder, hidden_size="x"),
+    "a head count of zero": lambda folder: change_config(folder, num_attention_heads=0),
+    "a tokenizer's configuration that is a list": lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "pickled weights": pickle_only,
     "cut weights": lambda folder: (folder / "model.safetensors").write_bytes(
@@ -405,6 +412,7 @@ def test_a_folder_that_cannot_be_trusted_is_refused_in_one_line(
     DAMAGES[damage](copy)
     text = refused("model.name", lambda: Backbone.load(str(copy)))
     assert str(copy) in text
+    assert "allowed: " in text
     assert not Path("exploded").exists()  # neither a pickle nor the folder's own code ever runs
 
 

@@ -92,6 +92,23 @@ def test_a_size_is_not_trusted(settings: dict[str, Any]) -> None:
         PictureProcessor(processor("clip", **settings))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_mean": "x"},
+        {"image_mean": [0.5, 0.5]},
+        {"image_std": [0.5, 0.0, 0.5]},
+        {"image_mean": [0.5, float("nan"), 0.5]},
+        {"rescale_factor": "x"},
+        {"rescale_factor": None},
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_settings_that_are_no_numbers(settings: dict[str, Any]) -> None:
+    with pytest.raises(BackboneError, match="allowed: numbers, one or three"):
+        PictureProcessor(processor("clip", **settings))
+
+
 def test_a_processor_that_does_more() -> None:
     class Sharper:
         def __init__(self, inner: Any) -> None:

@@ -274,6 +274,12 @@ def test_natural_without_a_client_large_enough() -> None:
         partition(make_table([10, 10], [str(i % 5) for i in range(20)]), section, 0)
 
 
+def test_a_column_of_single_examples_makes_no_clients() -> None:
+    section = DataSection(partition="natural", by="w", min_examples=3)
+    with pytest.raises(DataError, match=r"none of the 20 clients .* allowed: a column whose values occur 3 times"):
+        partition(make_table([10, 10], [str(i) for i in range(20)]), section, 0)
+
+
 def test_partitioners_are_silent_and_leave_no_files(tmp_path: Path) -> None:
     script = """
 import numpy as np

@@ -131,6 +131,15 @@ def test_class_folders_below_train_and_test(tmp_path: Path) -> None:
     assert_pictures(test.inputs, PIXELS[3:])
 
 
+def test_a_folder_with_a_test_folder_is_tested_with_that(tmp_path: Path) -> None:
+    """And never with what is trained on."""
+    save_classes(tmp_path / "train", cat=PIXELS[:2], dog=PIXELS[2:])
+    save_classes(tmp_path / "test", dog=PIXELS[:1])
+    _, test = load(DataSection(source=str(tmp_path), test=str(tmp_path)), 0, "image")
+    assert test is not None
+    assert_pictures(test.inputs, PIXELS[:1])
+
+
 def test_train_may_be_a_class(tmp_path: Path) -> None:
     save_classes(tmp_path, train=PIXELS[:1], tram=PIXELS[1:])
     assert table_of(tmp_path).classes == ("train", "tram")

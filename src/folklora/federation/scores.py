@@ -70,9 +70,9 @@ def check_score(score: Score, metric: Metric, examples: int, length: int) -> Non
     most = examples if metric.percent else examples * length
     if not examples <= score.units <= most:
         raise MessageError(f"{metric.name} of {score.units}; allowed: of {examples} to {most}")
-    most = score.units if metric.percent else MOST
-    if not 0 <= score.total <= most:
-        raise MessageError(f"{metric.name}: {score.total:g} of {score.units}; allowed: 0 to {most:g}")
+    largest = score.units if metric.percent else MOST
+    if not 0 <= score.total <= largest:
+        raise MessageError(f"{metric.name}: {score.total:g} of {score.units}; allowed: 0 to {largest:g}")
     if metric == ACCURACY and not float(score.total).is_integer():
         raise MessageError(f"{metric.name}: {score.total} right answers; allowed: a whole number")
     for name, value in score.beside.items():

@@ -7,8 +7,10 @@ BIN := $(VENV)/bin
 export PIP_USER := 0
 unexport PIP_TARGET PIP_PREFIX PIP_ROOT PYTHONPATH PYTHONHOME
 
-# Tests reach no hub, no telemetry and no display; two threads give the same sums on any machine.
-THREADS ?= 2
+# Tests reach no hub, no telemetry and no display; a thread each gives the same sums on any machine. PROCESSES share the
+# files of tests among them.
+THREADS ?= 1
+PROCESSES ?= 2
 TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg \
 	OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) \
 	FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 \
@@ -33,10 +35,10 @@ models/tiny-%/quality.json: | examples/data/heldout/fashion.npz # the last that 
 
 # ARGS reach pytest: make test ARGS="tests/methods -x"
 test: $(VENV)/.installed-dev
-	@$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
 
 test-long: $(VENV)/.installed-dev
-	@$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS) # one after another: some stop programs by the clock
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -73,7 +73,10 @@ TASKS = (
     Task("emoji by group", "emoji.toml"),
     Task("shakespeare by role", "shakespeare.toml", ("data.min_examples=80", "train.rounds=3")),
     Task("dolly by category", "dolly.toml", SHORT),
-    Task("dolly, Dirichlet 0.5", "dolly.toml", (*SHORT, "data.partition=dirichlet", "data.clients=8", "data.alpha=0.5")),
+    Task(
+        "dolly, Dirichlet 0.5", "dolly.toml", (*SHORT, "data.partition=dirichlet", "data.clients=8", "data.alpha=0.5")
+    ),
+    Task("emoji names by group", "emoji.toml", ("data.caption=caption",)),
 )
 
 
@@ -172,10 +175,11 @@ class Tasks:
                         if (row := self.finished(Cell(task, name, rate, seed))) is not None:
                             known = {"task": task.name, "variant": name, "lr": float(rate)}
                             rows[task.name, name, seed] = {**row, **known}
-            order = [task.name for task in TASKS]
+            order = {task.name: place for place, task in enumerate(TASKS)}
             where = environment(torch.device("cpu"), torch.float32)
-            document = {"environment": where, "grid": GRID, "seeds": SEEDS, "checkpoints": _checkpoints(self.tasks)}
-            told = dict(sorted(told.items(), key=lambda item: order.index(item[0])))
+            checkpoints = before.get("checkpoints", {}) | _checkpoints(self.tasks)
+            document = {"environment": where, "grid": GRID, "seeds": SEEDS, "checkpoints": checkpoints}
+            told = dict(sorted(told.items(), key=lambda item: order.get(item[0], len(order))))
             self.bench.write("tasks", {**before, **document, "tasks": told, "rows": list(rows.values())})
 
 
@@ -188,7 +192,7 @@ def _described(task: Task) -> dict[str, Any]:
     return {**told, "rounds": train.rounds, "batch": train.batch_size}
 
 
-def _checkpoints(tasks: Sequence[Task]) -> Mapping[str, Any]:
+def _checkpoints(tasks: Sequence[Task]) -> dict[str, Any]:
     """How good they are before, as their pretraining states it beside them."""
     folders = {Path(task.recipe().model.name) for task in tasks}
     files = {folder.name: folder / "quality.json" for folder in sorted(folders)}

@@ -307,6 +307,14 @@ class Recipe(Section):
             raise ValueError(f'data.messages with model.task = "{task}"; allowed: model.task = "causal-lm"')
         if data.image is not None and task == "causal-lm":
             raise ValueError('data.image with model.task = "causal-lm"; allowed: a text task, without data.image')
+        if data.messages is not None and data.context is not None:
+            raise ValueError("data.context with data.messages; allowed: one of them")
+        if self.model.template is not None and task == "classification":
+            raise ValueError(f'model.template with model.task = "{task}"; allowed: "causal-lm" or "image-text"')
+        if self.adapter.tower != "both" and task != "image-text":
+            raise ValueError(
+                f'adapter.tower = "{self.adapter.tower}" with model.task = "{task}"; allowed: model.task = "image-text"'
+            )
         if self.eval.generate and task != "causal-lm":
             raise ValueError(f'eval.generate with model.task = "{task}"; allowed: model.task = "causal-lm"')
         return self
@@ -481,6 +489,7 @@ def describe_validation_error(error: ValidationError, root: type[BaseModel], pre
     # A union reports every branch it tried: all of them together are what is allowed.
     same = [e for e in error.errors() if [str(p) for p in e["loc"] if not _is_union_branch(p)][:2] == where[:2]]
     allowed = "; or ".join(dict.fromkeys(e["msg"][0].lower() + e["msg"][1:] for e in same))
+    allowed = allowed.replace("valid tuple", "valid list")  # what TOML calls it
     return f"{key} = {_short(first['input'])}: {allowed}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -137,6 +138,18 @@ def test_a_score_makes_no_version(server: Server, reply: bytes) -> None:
     assert found["units"][0] == found["units"][1] > 0
     assert server.folder.state().versions == versions
     assert server.folder.state().reply == told["reply"]
+
+
+def test_a_run_that_began_with_an_older_version_goes_on(server: Server) -> None:
+    """What is described by fewer keys is the same recipe."""
+    text = server.recipe.to_toml()
+    older = text.partition("[eval]")[0] + text[text.index("[message]") :]
+    assert older != text
+    brief = server.folder.path / "brief.json"
+    brief.write_text(json.dumps({**json.loads(brief.read_text()), "recipe": older}))
+    server.restart()
+    assert server.hello()["status"] == "done"
+    assert server.hello(recipe=text.replace("lr = 0.005", "lr = 0.006"))["status"] == "refused"
 
 
 def test_a_damaged_version_is_lost_and_not_used(server: Server) -> None:

@@ -40,7 +40,7 @@ class ConversationTokenizer:
         self.tokenizer = tokenizer
         self.chat_template: str | None = None
         if template is None and getattr(tokenizer, "chat_template", None):
-            self.chat_template = FIXED_DATE + tokenizer.get_chat_template()
+            self.chat_template = FIXED_DATE + _own_template(tokenizer)
         self.template = PLAIN if template is None else template
         self._further_ends = tuple(end_tokens)
 
@@ -103,18 +103,16 @@ class ConversationTokenizer:
         return self.start_tokens + self._ids(self.template.replace("{}", turns[0][1]))
 
     def _rendered(self, chat: Turns, *, complete: bool = False) -> str:
-        import jinja2
-
         messages = [{"role": role, "content": content} for role, content in chat]
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=not complete
             )
-        except (jinja2.TemplateError, ValueError, TypeError, ImportError) as error:
+        except Exception as error:  # a template is a program, and may end as any other
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
                 f"the tokenizer's chat template refuses a conversation of the roles "
-                f"{', '.join(role for role, _ in chat)}: {first}"
+                f"{', '.join(role for role, _ in chat)}: {first}; allowed: the turns that it takes, or model.template"
             ) from None
         return text
 
@@ -130,3 +128,14 @@ class ConversationTokenizer:
 def _before(chat: Turns) -> Turns:
     """The turns before the response."""
     return chat[:-1] if chat[-1][0] == "assistant" else chat
+
+
+def _own_template(tokenizer: Any) -> str:
+    """The tokenizer's chat template; of several the one named default."""
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:  # there are several, and none has that name
+        template = None
+    if not isinstance(template, str):
+        raise BackboneError("the tokenizer's chat template is no text; allowed: one text, or model.template")
+    return template

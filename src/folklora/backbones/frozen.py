@@ -228,12 +228,15 @@ def choose_targets(layers: list[str], targets: str, model_type: str) -> list[str
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise BackboneError(f"adapter.targets = {targets!r}: not a regular expression: {error}") from None
+            raise BackboneError(
+                f"adapter.targets = {targets!r}: not a regular expression: {error}; "
+                f'allowed: "default", or a regex over linear layers, {_called(layers)}'
+            ) from None
         chosen = [name for name in layers if pattern.fullmatch(name)]
         if not chosen:
             raise BackboneError(
                 f"adapter.targets = {targets!r} matches no linear layer of this {model_type}; "
-                f"its layers are called like: {', '.join(layers[:8])}"
+                f'allowed: "default", or a regex over its linear layers, {_called(layers)}'
             )
         return chosen
     for candidate in (DEFAULT_TARGETS.get(model_type), *FALLBACK_TARGETS):
@@ -242,9 +245,13 @@ def choose_targets(layers: list[str], targets: str, model_type: str) -> list[str
             if chosen:
                 return chosen
     raise BackboneError(
-        f'adapter.targets = "default": no default for {model_type}; give a regex over its linear layers, '
-        f"which are called like: {', '.join(layers[:8])}"
+        f'adapter.targets = "default": no default for {model_type}; '
+        f"allowed: a regex over its linear layers, {_called(layers)}"
     )
+
+
+def _called(layers: list[str]) -> str:
+    return f"which are called like: {', '.join(layers[:8])}"
 
 
 def _norms(model: nn.Module, names: list[str]) -> dict[str, tuple[Tensor, Tensor]]:

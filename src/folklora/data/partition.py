@@ -128,9 +128,10 @@ def _natural(table: Table, section: DataSection) -> dict[str, np.ndarray]:
     clients = {name: share for name, share in zip(names, shares, strict=True) if len(share) >= section.min_examples}
     if not clients:
         largest = max(len(share) for share in shares)
+        allowed = f"min_examples <= {largest}" if largest >= 3 else "a column whose values occur 3 times or more"
         raise DataError(
             f"data.by = {section.by!r}: none of the {len(names)} clients has data.min_examples = "
-            f"{section.min_examples} examples; allowed: min_examples <= {largest}"
+            f"{section.min_examples} examples; allowed: {allowed}"
         )
     if len(clients) < len(names):
         dropped = len(names) - len(clients)

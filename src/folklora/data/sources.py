@@ -104,7 +104,8 @@ def _own_test(section: DataSection, source: str, seed: int, form: Form, known: K
     with _readable():
         path = Path(source)
         if form in PICTURES and path.is_dir():
-            columns, _ = read_class_folders(path, _image(section), section.label or "label", _wanted(section, form))
+            found = read_class_folders(path, _image(section), section.label or "label", _wanted(section, form))
+            columns = found[1] or found[0]  # beside a folder to test with, the other is to train with
         else:
             columns = _read_file(path, _wanted(section, form), form, f'data.test = "{source}"')
     return _table(columns, section, form, known, None, "test_limit", section.test_limit, seed)

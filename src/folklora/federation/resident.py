@@ -124,7 +124,10 @@ class Resident:
         known = folder.brief()
         if known is None:
             folder.begin(brief)
-        elif known.model_copy(update={"model": brief.model}) != brief:
+        # A version of this program before or after this one may write the same recipe with other defaults spelt out.
+        elif Recipe.from_toml(known.recipe) != recipe or known.model_copy(
+            update={"model": brief.model, "recipe": text}
+        ) != brief:
             raise Refused("this run began with another recipe, other members or other data of this member")
         self._open(order.run, setup)
         self.over = False

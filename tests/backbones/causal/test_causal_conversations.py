@@ -103,12 +103,25 @@ def test_a_template_that_rewrites_the_prompt_is_refused(lab: SimpleNamespace) ->
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ raise_exception('Only\nuser and assistant roles') }}", "{% for %}", "{{ messages.nothing.at_all }}"],
+    [
+        "{{ raise_exception('Only\nuser and assistant roles') }}",
+        "{% for %}",
+        "{{ messages.nothing.at_all }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0].content + 1 }}",
+    ],
 )
 def test_a_template_that_refuses_or_is_broken_is_one_line(lab: SimpleNamespace, template: str) -> None:
     task = lab.task_of(lab.stock("llama"), chatty(lab, template))
-    with pytest.raises(DataError, match="chat template") as caught:
+    with pytest.raises(DataError, match="chat template.* allowed: ") as caught:
         task.encode([LONG])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("template", [5, {"tool_use": CHATML}])
+def test_a_template_that_is_none_is_one_line(lab: SimpleNamespace, template: Any) -> None:
+    with pytest.raises(BackboneError, match="chat template.* allowed: ") as caught:
+        lab.task_of(lab.stock("llama"), chatty(lab, template))
     assert "\n" not in str(caught.value)
 
 

@@ -61,7 +61,10 @@ def refusal(text: str, tmp_path: Path, *overrides: str) -> str:
         ("[data]\nclasses = 'a'", ["data.classes = 'a'", "valid list"]),
         ("[eval]\ngenerate = 'rouge_l'", ["eval.generate = 'rouge_l'", "valid list"]),
         ("[model]\ntemplate = '{}!'", ["model.template", 'task = "classification"', "allowed: "]),
-        ("[adapter]\ntower = 'image'", ["adapter.tower", 'task = "classification"', 'allowed: model.task = "image-text"']),
+        (
+            "[adapter]\ntower = 'image'",
+            ["adapter.tower", 'task = "classification"', 'allowed: model.task = "image-text"'],
+        ),
         (
             "[model]\ntask = 'causal-lm'\n[data]\nmessages = 'm'\ncontext = 'c'",
             ["data.context", "data.messages", "allowed: one of them"],

@@ -94,7 +94,13 @@ def test_what_is_done_is_not_run_again_but_for_another_checkpoint(bench: SimpleN
 
 def test_methods_and_results_of_other_sittings_stay(bench: SimpleNamespace) -> None:
     bench.run("--methods", "fedit")
+    file = bench.results / "tasks.json"
+    held = json.loads(file.read_text())
+    held["tasks"]["gone"] = {"made_of": "x"}
+    file.write_text(json.dumps({**held, "checkpoints": {"other": {"steps": 1}}}))
     document = bench.run("--methods", "celora")
+    assert document["checkpoints"] == {"other": {"steps": 1}}
+    assert list(document["tasks"]) == ["few", "gone"]
     assert {row["variant"] for row in document["rows"]} == {tasks.UNTRAINED, "fedit", "celora"}
 
 

@@ -116,8 +116,11 @@ def test_a_client_of_one_round_of_one_without_insight(tmp_path: Path, write_run:
     assert all(drawn(png(figure, "dark")) for figure in figures.values() if figure is not None)
 
 
-def test_without_counts_the_sizes_are_shown(tmp_path: Path, write_run: WriteRun) -> None:
-    write_run(tmp_path / "run", counts=False, rounds=2, clients="abc", classes=3)
+@pytest.mark.parametrize("of", [{"counts": False, "classes": 3}, {"classes": 1}], ids=["no counts", "no labels"])
+def test_where_there_are_no_counts_of_classes_the_sizes_are_shown(
+    tmp_path: Path, write_run: WriteRun, of: dict[str, Any]
+) -> None:
+    write_run(tmp_path / "run", rounds=2, clients="abc", **of)
     run = read_run(tmp_path / "run")
     assert partition(run) is None
     figure = sizes(run)

@@ -125,9 +125,10 @@ class Resident:
         if known is None:
             folder.begin(brief)
         # A version of this program before or after this one may write the same recipe with other defaults spelt out.
-        elif Recipe.from_toml(known.recipe) != recipe or known.model_copy(
-            update={"model": brief.model, "recipe": text}
-        ) != brief:
+        elif (
+            Recipe.from_toml(known.recipe) != recipe
+            or known.model_copy(update={"model": brief.model, "recipe": text}) != brief
+        ):
             raise Refused("this run began with another recipe, other members or other data of this member")
         self._open(order.run, setup)
         self.over = False

@@ -17,7 +17,7 @@ MOST_CLIENTS = 100  # rows of the partition picture
 
 def partition(run: Run, theme: ThemeName = "light") -> Figure | None:
     """Training examples of each client and class as a heat map, the sizes of each client's splits beside it."""
-    if run.counts is None:
+    if run.counts is None or not _has_classes(run):
         return None
     lines = min(len(run.clients), MOST_CLIENTS)
     with drawing(theme) as colors:
@@ -41,8 +41,8 @@ def partition(run: Run, theme: ThemeName = "light") -> Figure | None:
 
 
 def sizes(run: Run, theme: ThemeName = "light") -> Figure | None:
-    """The sizes of each client's splits, where it is not known which classes they hold."""
-    if run.counts is not None:
+    """The sizes of each client's splits, where it is not known which classes they hold, or there are none."""
+    if run.counts is not None and _has_classes(run):
         return None
     with drawing(theme) as colors:
         figure = canvas(_height(min(len(run.clients), MOST_CLIENTS)))
@@ -51,6 +51,10 @@ def sizes(run: Run, theme: ThemeName = "light") -> Figure | None:
         _name_clients(ax, run)
         headline(figure, f"Who holds how much{_cut(run)}")
         return figure
+
+
+def _has_classes(run: Run) -> bool:
+    return len(run.classes) > 1
 
 
 def similarity(run: Run, theme: ThemeName = "light") -> Figure | None:

@@ -190,7 +190,7 @@ def _run_facts(run: Run, seeds: Sequence[int | None] | None = None) -> list[str]
     many = sorted({seed for seed in seeds or [run.seed] if seed is not None})
     facts = [
         f"{len(run.clients)} client{'s' * (len(run.clients) != 1)}",
-        f"{len(run.classes)} classes" if run.classes else "",
+        f"{len(run.classes)} classes" if len(run.classes) > 1 else "",
         f"partition {kind}{detail}" if kind and not _has_own_rows(run) else "",
         f"model {Path(str(run.section('model').get('name'))).name}" if run.section("model").get("name") else "",
         f"rank {rank}" if (rank := run.section("adapter").get("rank")) is not None else "",

@@ -19,6 +19,7 @@ from folklora.federation.member import Member
 from folklora.federation.setup import prepare
 from folklora.methods import METHODS
 from folklora.recipe import Recipe
+from folklora.training.gradients import weight_gradients
 
 WORDS = 60  # of the tokenizers in conftest
 TASKS = ("causal-lm", "prompts", "captions")
@@ -159,3 +160,14 @@ def test_gradients_are_those_of_a_stock_language_model(recipe_of: Callable[..., 
         assert want is not None
         assert bool(want.any())
         torch.testing.assert_close(got[f"grad/{site.name}"], want, rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_of_responses_of_unlike_length_do_not_depend_on_how_many_a_pass_takes(
+    recipe_of: Callable[..., Recipe],
+) -> None:
+    setup = prepare(recipe_of("causal-lm", name="fedsb"))
+    examples, labels = setup.examples(np.arange(20))
+    assert len({len(example) - example.prompt for example in examples}) > 1
+    whole, few = (weight_gradients(setup.task, examples, labels, {}, rows=rows) for rows in (20, 3))
+    for name, gradient in whole.items():
+        assert float((few[name] - gradient).norm()) < 1e-5 * float(gradient.norm())

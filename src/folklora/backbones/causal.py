@@ -195,6 +195,10 @@ class CausalLM:
         counts = torch.bincount(owners, minlength=layout.clients).to(nats.device)
         return nats.new_zeros(layout.clients).index_add(0, owners.to(nats.device), nats) / counts
 
+    def counted(self, examples: Sequence[Dialogue]) -> int:
+        """Tokens of all responses."""
+        return sum(len(example) - example.prompt for example in examples)
+
     def answers(self, layout: Dialogues, stacks: Tensors, plugged: Plug) -> Tensor:
         """[S, 2]: the nats of each response, and its tokens."""
         nats = self._nats(layout, plugged, torch.float32)

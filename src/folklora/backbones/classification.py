@@ -84,6 +84,9 @@ class LinearHead:
         """Mean cross-entropy of each client's sequences: [K]."""
         return mean_cross_entropy(self._logits(layout, stacks, plugged, dtype), labels, layout)
 
+    def counted(self, examples: Sequence[Any]) -> int:
+        return len(examples)
+
     def answers(self, layout: Batch, stacks: Tensors, plugged: Plug) -> Tensor:
         """Logits [S, classes]."""
         return self._logits(layout, stacks, plugged, torch.float32)

@@ -43,7 +43,7 @@ FALLBACK_TARGETS = (
     r".*\.(q_proj|v_proj)",
     r".*\.(query|value)",
     r".*\.(q_lin|v_lin)",
-    r".*\.(query_key_value|c_attn|qkv|Wqkv)",
+    r".*\.(query_key_value|c_attn|qkv|qkv_proj|Wqkv)",
     r".*\.attn\.(q|v)",
 )
 

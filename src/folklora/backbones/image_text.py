@@ -193,6 +193,9 @@ class ImageText:
         logits = cosines * self.backbone.scale + self.backbone.bias
         return contrastive_losses(logits, real, twins, sigmoid=self.backbone.sigmoid)
 
+    def counted(self, examples: Sequence[Example]) -> int:
+        return len(examples)
+
     def answers(self, layout: ImageTextLayout, stacks: Tensors, plugged: Plug) -> Tensor:
         """Logits [S, classes]; or of each pair both embeddings, one behind the other, and the caption's name."""
         if not self.captions:

@@ -94,6 +94,10 @@ class Task(Protocol):
         """Mean loss of each client's examples, [K]; ``labels`` [S] int64; computed in the training dtype by default."""
         ...
 
+    def counted(self, examples: Sequence[Any]) -> int:
+        """Of how many things a client's loss on these examples is the mean: how much it counts beside other batches."""
+        ...
+
     def answers(self, layout: Any, stacks: Tensors, plugged: Plug) -> Tensor:
         """[S, answer_width] float32, computed in float32."""
         ...

@@ -23,7 +23,7 @@ def weight_gradients(
     head
         The client's tensors of `Task.head_shapes`; under a zero head every gradient is zero.
     rows
-        Examples of one pass; where a loss is a mean over examples, the result does not depend on it.
+        Examples of one pass. The result depends on it only where a loss compares examples with each other (captions).
     """
     backbone = task.backbone
     device = backbone.device
@@ -47,11 +47,11 @@ def weight_gradients(
     def plugged(batch: Batch) -> Bank:
         return Bank(stacks, {}, batch.token_offsets, batch.token_clients().to(device))
 
+    whole = task.counted(examples)
     for start in range(0, len(examples), rows):
-        layout = task.lay_out([list(examples[start : start + rows])])
-        own = torch.from_numpy(labels[start : start + rows])
-        loss = task.losses(layout, own, heads, plugged, torch.float32).sum() * (len(own) / len(examples))
-        loss.backward()
+        some, own = list(examples[start : start + rows]), torch.from_numpy(labels[start : start + rows])
+        loss = task.losses(task.lay_out([some]), own, heads, plugged, torch.float32).sum()
+        (loss * (task.counted(some) / whole)).backward()
     found: Tensors = {}
     for name, base in bases.items():
         found[f"grad/{name}"] = (torch.zeros_like(base[0]) if base.grad is None else base.grad[0]).cpu()

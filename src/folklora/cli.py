@@ -5,6 +5,7 @@ Results go to stdout, progress and everything else to stderr. A user's mistake i
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from folklora.errors import FolkLoraError
+from folklora.errors import FolkLoraError, RecipeError
 from folklora.recipe import Recipe
 from folklora.terminal import Shown, at_work, err, out, print_json
 
@@ -286,7 +287,7 @@ def chat(
     client: Annotated[str, typer.Option(help="The client's id")],
     prompt: Annotated[str | None, typer.Option(help="One question; default: lines from standard input")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="0: always the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest, with this probability")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn")] = 0,
     tuned: Tuned = False,
@@ -297,6 +298,8 @@ def chat(
     from folklora.talk import talk
     from folklora.training.generation import Sampling
 
+    if math.isnan(temperature) or math.isnan(top_p):
+        raise RecipeError("--temperature and --top-p; allowed: numbers")
     sampling = Sampling(temperature, top_p, seed)
     conversation = open_conversation(path, client, tuned=tuned, max_new_tokens=max_new_tokens, sampling=sampling)
     talk(conversation, prompt, as_json=as_json)
@@ -369,10 +372,15 @@ def join(
     data: Annotated[str | None, typer.Option(help="A file with the member's own rows")] = None,
     text: Annotated[str | None, typer.Option(help="Its column of texts; default: as in the recipe")] = None,
     label: Annotated[str | None, typer.Option(help="Its column of labels; default: as in the recipe")] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="Another of its columns: prompt=question, image=file, caption=title ... (repeatable)"),
+    ] = None,
     rehearse: Annotated[
         str | None, typer.Option(help="In place of --data: the recipe's data.source, of which it takes its share")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder of the backbone; default: the embedded one")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; default: as in the recipe")] = None,
     once: Annotated[bool, typer.Option("--once", help="End with the first run that ends")] = False,
     insecure: Insecure = False,
 ) -> None:
@@ -388,6 +396,8 @@ def join(
             label=label,
             rehearse=rehearse,
             model=model,
+            columns={key: name for key, _, name in (each.partition("=") for each in column or ())},
+            device=device,
             once=once,
             insecure=insecure,
         )

@@ -28,6 +28,9 @@ EMBEDDED_NAMES = frozenset({"banking77", "minilm"})
 """What the package carries: never a path, even where a folder has the same name."""
 
 
+COLUMNS = ("text", "label", "prompt", "response", "context", "messages", "image", "caption")
+"""Keys under ``[data]`` that name a column of what an example is."""
+
 Form = Literal["text", "chat", "image", "caption"]
 """What one example of a source is: a text, a chat, a picture, or a picture with its caption."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import typer
 
-from folklora.errors import DataError, one_line
+from folklora.errors import DataError, FolkLoraError, one_line
 from folklora.federation.chat import Conversation
 from folklora.terminal import err, out, print_json
 
@@ -17,7 +17,7 @@ HELP = "/reset forgets what was said, /quit or Ctrl-D ends"
 def talk(conversation: Conversation, prompt: str | None = None, *, as_json: bool = False) -> None:
     """Answer one prompt, or each line of standard input until it ends, or until Ctrl-C.
 
-    With ``as_json`` all questions and answers are one document at the end: ``[{"prompt": ..., "answer": ...}]``.
+    With ``as_json`` all questions and answers are one document at the end: ``[{"prompt": ..., "answer": ...}]``, also where a question is refused.
     """
     said: list[dict[str, str]] = []
     stopped = False
@@ -28,6 +28,10 @@ def talk(conversation: Conversation, prompt: str | None = None, *, as_json: bool
     except KeyboardInterrupt:
         stopped = True
         err.print()
+    except FolkLoraError:
+        if as_json and said:
+            print_json(said)
+        raise
     if as_json:
         print_json(said)
     if stopped:

@@ -277,6 +277,16 @@ def test_bytes_that_are_no_text_are_refused(
         talk(open_conversation(played[0], "topic-1", max_new_tokens=2))
 
 
+def test_they_are_refused_where_the_locale_lets_them_through(
+    played: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"w1\n\xff\xfe\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", typed)
+    with pytest.raises(DataError, match="the prompt is not valid Unicode; allowed: a text"):
+        talk(open_conversation(played[0], "topic-1", max_new_tokens=2), as_json=True)
+    assert [turn["prompt"] for turn in json.loads(capsys.readouterr().out)] == ["w1"]  # what was said is not lost
+
+
 @pytest.mark.parametrize("keys", [b"w1 w2\n\x04", b"w1 w2\n/quit\n"])
 def test_a_terminal_is_prompted_until_it_ends(
     played: tuple[Path, dict[str, Any]],

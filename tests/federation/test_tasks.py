@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from folklora.backbones.metric import LOSS
 from folklora.errors import FolkLoraError
+from folklora.federation.parties import Own
 from folklora.federation.run import client_model, run
 from folklora.federation.rundir import RunDirectory
 from folklora.methods import METHODS
@@ -70,6 +72,26 @@ def test_a_network_run_of_a_language_model_is_the_local_run(
         assert summary["row"][name] == pytest.approx(local["row"][name], rel=1e-5), name
     for client, result in local["clients"].items():
         assert summary["clients"][client]["loss"] == pytest.approx(result["loss"], rel=1e-5)
+
+
+def test_members_columns_have_names_of_their_own(
+    speaking: Callable[..., Recipe], federated: Callable[..., Any], tiny_chats: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in tiny_chats.read_text().splitlines()]
+    for topic in {row["topic"] for row in rows}:
+        own = [{"question": row["prompt"], "answer": row["response"]} for row in rows if row["topic"] == topic]
+        (tmp_path / f"{topic}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    local = speaking("method.name=fedit", "train.cohort=1", "train.optimizer=sgd", "train.lr=0.05")
+    wanted = run(local, tmp_path / "local")
+    recipe = local.model_copy(update={"data": local.data.model_copy(update={"source": "nobody-has-this.jsonl"})})
+
+    def own_of(client: str) -> Own:
+        columns = (("prompt", "question"), ("response", "answer"))
+        return Own(str(tmp_path / f"{client}.jsonl"), model=recipe.model.name, columns=columns, device="cpu")
+
+    found = federated(recipe, [f"topic-{i}" for i in range(4)], own_of).play()
+    for client, result in wanted["clients"].items():
+        assert found["clients"][client]["loss"] == pytest.approx(result["loss"], rel=1e-5)
 
 
 def test_a_resumed_run_of_a_language_model_is_the_uninterrupted_run(

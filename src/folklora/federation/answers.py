@@ -12,6 +12,7 @@ from torch import Tensor
 from folklora.backbones.causal import CausalLM
 from folklora.backbones.image_text import ImageText
 from folklora.backbones.task import Task
+from folklora.data.columns import why_not_text
 from folklora.data.pictures import read_picture
 from folklora.errors import DataError
 from folklora.federation.run import ClientModel, client_model, recipe_of
@@ -47,14 +48,15 @@ def predict(
     Raises
     ------
     DataError
-        If a text is empty, a picture cannot be read, or the task is asked for something else.
+        If a text is empty or not valid Unicode, a picture cannot be read, or the task is asked for something else.
     RunError
         As `client_model`.
     """
     recipe = recipe_of(path)
     _refuse_other(recipe, texts, images)
-    if empty := [i for i, text in enumerate(texts) if not text.strip()]:
-        raise DataError(f"text {empty[0] + 1} is empty")
+    for number, text in enumerate(texts, start=1):
+        if problem := why_not_text(text):
+            raise DataError(f"text {number} is {problem}")
     pictures = [read_picture(Path(image)) for image in images]
     model = client_model(path, client)
     task: Any = model.setup.task

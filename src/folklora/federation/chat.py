@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from folklora.backbones.causal import CausalLM
+from folklora.data.columns import why_not_text
 from folklora.errors import DataError, RunError
 from folklora.federation.run import ClientModel, client_model, recipe_of
 from folklora.randomness import derive
@@ -48,10 +49,10 @@ class Conversation:
         Raises
         ------
         DataError
-            If the text is empty, or the tokenizer's chat template refuses it.
+            If the text is empty or not valid Unicode, or the tokenizer's chat template refuses it.
         """
-        if not text.strip():
-            raise DataError("the prompt is empty; allowed: a text")
+        if problem := why_not_text(text):
+            raise DataError(f"the prompt is {problem}; allowed: a text")
         own = self.model
         question = Question(own.client, own.rank, own.tensors, [self._prompt(text)])
         seed = derive(self.sampling.seed, "chat", own.client, self.said)

@@ -44,11 +44,15 @@ class Own:
         A file as ``data.source`` may be one, all rows of which are the member's; None: a rehearsal.
     text, label
         The file's columns; default: as the recipe has them.
+    columns
+        Others of them: the recipe's key, one of `folklora.recipe.COLUMNS`, and the column's name in the file.
     rehearse
         Of a rehearsal: the source that the member agreed to read, beside those in the package. It has the name that the
         server's has; its folder may be another.
     model
         A backbone's folder; default: the embedded one.
+    device
+        Where to compute, as ``model.device``; default: as the recipe has it.
     """
 
     data: str | None = None
@@ -56,6 +60,8 @@ class Own:
     label: str | None = None
     rehearse: str | None = None
     model: str | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+    device: str | None = None
 
 
 def server_setup(recipe: Recipe, clients: Sequence[str]) -> Setup:
@@ -106,7 +112,8 @@ def member_setup(recipe: Recipe, client: str, clients: Sequence[str], classes: S
     if client not in clients:
         raise RecipeError(f"the run has no member {client!r}; allowed: {', '.join(list(clients)[:12])}")
     ranks = client_ranks(recipe, list(clients))
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": _backbone(recipe, own)})})
+    here = {"name": _backbone(recipe, own), "device": own.device or recipe.model.device}
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=here)})
     table = _own_rows(recipe, classes, own) if own.data is not None else _share(recipe, client, classes, own)
     section = recipe.data
     if len(table) < section.min_examples:
@@ -155,6 +162,7 @@ def _own_rows(recipe: Recipe, classes: Sequence[str], own: Own) -> Table:
             "source": own.data,
             "text": own.text or recipe.data.text,
             "label": own.label or recipe.data.label,
+            **dict(own.columns),
             "classes": tuple(classes),
             "by": None,
             "limit": None,  # of a whole that nobody has

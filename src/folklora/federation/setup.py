@@ -208,9 +208,7 @@ def _encode(
 
 
 @lru_cache(maxsize=4)
-def _compute_features(
-    model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int, form: Form
-) -> Tensor:
+def _compute_features(model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int, form: Form) -> Tensor:
     encoded, _ = _encode(model, adapter, data, seed, form)
     task = tasks.build_task(model, adapter, form, federated_data(data, seed, form).table.classes)
     return torch.from_numpy(features(task, encoded))

@@ -66,6 +66,12 @@ def test_a_recipes_task(folder: Path, lab: SimpleNamespace) -> None:
     assert task.lay_out([[example]]).wanted.tolist() == example.tokens[2:]
 
 
+@pytest.mark.parametrize(("family", "layers"), [("llama", ["q_proj", "v_proj"]), ("phi3", ["qkv_proj"])])
+def test_by_default_queries_and_values_are_adapted(lab: SimpleNamespace, family: str, layers: list[str]) -> None:
+    sites = lab.task_of(lab.stock(family), targets="default").backbone.sites
+    assert [s.name for s in sites] == [f"model.layers.{i}.self_attn.{layer}" for i in range(2) for layer in layers]
+
+
 def test_targets_reach_every_layer_but_the_head(folder: Path) -> None:
     backbone = CausalBackbone.load(str(folder), targets=".*")
     assert len(backbone.sites) == 14

@@ -118,6 +118,7 @@ def test_a_picture_that_is_none_is_one_line(
         ("text", [], 0, "nothing .* allowed: texts"),
         ("text", ["w1"], 1, "1 texts and 1 pictures .* allowed: texts"),
         ("text", ["w1", " "], 0, "text 2 is empty"),
+        ("text", ["w1", "w\udcff"], 0, "text 2 is not valid Unicode"),  # as Python reads an argument that is no UTF-8
         ("vit", ["w1"], 0, 'model.task = "classification"; allowed: pictures'),
         ("vit", ["w1"], 1, "allowed: pictures"),
         ("clip", ["w1"], 0, "allowed: pictures, perhaps with texts to choose from"),

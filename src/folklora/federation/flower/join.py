@@ -11,6 +11,7 @@ import secrets
 import socket
 import ssl
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from folklora.errors import FederationError
 from folklora.federation.files import write_whole
 from folklora.federation.flower.membership import Membership
 from folklora.federation.flower.processes import Daemon, ended_by_signals, is_loopback, supernode
+from folklora.recipe import COLUMNS
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +161,8 @@ def join(
     label: str | None = None,
     rehearse: str | None = None,
     model: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    device: str | None = None,
     once: bool = False,
     insecure: bool = False,
 ) -> None:
@@ -168,7 +172,7 @@ def join(
     ----------
     folder
         A federation's, or the one that was handed to the member.
-    data, text, label, rehearse, model
+    data, text, label, rehearse, model, columns, device
         See `folklora.federation.parties.Own`.
     insecure
         Plain HTTP, to a server on this machine.
@@ -184,6 +188,11 @@ def join(
     for option, value in (("--data", data), ("--model", model)):
         if value is not None and not Path(value).exists():
             raise FederationError(f"{option} {value}: no such file or folder")
+    for key, name in (columns or {}).items():
+        if key not in COLUMNS or not name:
+            raise FederationError(f"--column {key}={name}; allowed: KEY=NAME, KEY one of {', '.join(COLUMNS)}")
+    if device not in (None, "auto", "cpu", "cuda"):
+        raise FederationError(f"--device {device}; allowed: auto, cpu, cuda")
     from folklora.federation.folder import locked
 
     with (
@@ -198,7 +207,8 @@ def join(
         from folklora.federation.parties import Own
         from folklora.federation.resident import Resident
 
-        resident = Resident(membership.name, membership.folder, Own(data, text, label, rehearse, model))
+        own = Own(data, text, label, rehearse, model, tuple((columns or {}).items()), device)
+        resident = Resident(membership.name, membership.folder, own)
         app = client_app(resident.answer)
         tasks, pause = None, SHORTEST
         while not (once and resident.over):

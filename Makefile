@@ -35,7 +35,7 @@ models/tiny-%/quality.json: | examples/data/heldout/fashion.npz # the last that 
 
 # ARGS reach pytest: make test ARGS="tests/methods -x"
 test: $(VENV)/.installed-dev
-	@$(TEST_ENV) $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(VENV)/.installed-dev
 	@$(TEST_ENV) $(BIN)/python -m pytest -m slow $(ARGS) # one after another: some stop programs by the clock

@@ -66,6 +66,10 @@ def refusal(text: str, tmp_path: Path, *overrides: str) -> str:
             ["adapter.tower", 'task = "classification"', 'allowed: model.task = "image-text"'],
         ),
         (
+            "[model]\ntask = 'causal-lm'\npooling = 'mean'",
+            ['model.pooling = "mean"', 'task = "causal-lm"', 'allowed: "auto"'],
+        ),
+        (
             "[model]\ntask = 'causal-lm'\n[data]\nmessages = 'm'\ncontext = 'c'",
             ["data.context", "data.messages", "allowed: one of them"],
         ),

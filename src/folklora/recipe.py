@@ -318,6 +318,11 @@ class Recipe(Section):
             raise ValueError(
                 f'adapter.tower = "{self.adapter.tower}" with model.task = "{task}"; allowed: model.task = "image-text"'
             )
+        if self.model.pooling != "auto" and task != "classification":
+            raise ValueError(
+                f'model.pooling = "{self.model.pooling}" with model.task = "{task}"; allowed: "auto", or '
+                'model.task = "classification"'
+            )
         if self.eval.generate and task != "causal-lm":
             raise ValueError(f'eval.generate with model.task = "{task}"; allowed: model.task = "causal-lm"')
         return self

@@ -17,8 +17,8 @@ HELP = "/reset forgets what was said, /quit or Ctrl-D ends"
 def talk(conversation: Conversation, prompt: str | None = None, *, as_json: bool = False) -> None:
     """Answer one prompt, or each line of standard input until it ends, or until Ctrl-C.
 
-    With ``as_json`` all questions and answers are one document at the end: ``[{"prompt": ..., "answer": ...}]``. Where a
-    question is refused, it holds those before.
+    With ``as_json`` all questions and answers are one document at the end: ``[{"prompt": ..., "answer": ...}]``. Where
+    a question is refused, it holds those before.
     """
     said: list[dict[str, str]] = []
     stopped = False

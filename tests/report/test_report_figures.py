@@ -116,7 +116,9 @@ def test_a_client_of_one_round_of_one_without_insight(tmp_path: Path, write_run:
     assert all(drawn(png(figure, "dark")) for figure in figures.values() if figure is not None)
 
 
-@pytest.mark.parametrize("of", [{"counts": False, "classes": 3}, {"classes": 1}], ids=["no counts", "no labels"])
+@pytest.mark.parametrize(
+    "of", [{"counts": False, "classes": 3}, {"classes": 1, "insight": False}], ids=["no counts", "no labels"]
+)
 def test_where_there_are_no_counts_of_classes_the_sizes_are_shown(
     tmp_path: Path, write_run: WriteRun, of: dict[str, Any]
 ) -> None:

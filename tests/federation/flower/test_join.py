@@ -15,7 +15,7 @@ from folklora.federation.flower.join import join
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"columns": {"promt": "question"}}, "--column promt=question; allowed: KEY=NAME, KEY one of text, label, prompt"),
+        ({"columns": {"promt": "question"}}, "--column promt=question; allowed: KEY=NAME, KEY one of text, label"),
         ({"columns": {"prompt": ""}}, "--column prompt=; allowed"),
         ({"device": "gpu"}, "--device gpu; allowed: auto, cpu, cuda"),
     ],

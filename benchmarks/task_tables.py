@@ -103,7 +103,6 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "tasks-settings": ("tasks", settings),
     "tasks-fashion": ("tasks", task("fashion, Dirichlet 0.5")),
     "tasks-emoji": ("tasks", task("emoji by group")),
-    "tasks-emoji-names": ("tasks", task("emoji names by group")),
     "tasks-shakespeare": ("tasks", task("shakespeare by role")),
     "tasks-dolly": ("tasks", task("dolly by category")),
     "tasks-dolly-dirichlet": ("tasks", task("dolly, Dirichlet 0.5")),

@@ -76,7 +76,6 @@ TASKS = (
     Task(
         "dolly, Dirichlet 0.5", "dolly.toml", (*SHORT, "data.partition=dirichlet", "data.clients=8", "data.alpha=0.5")
     ),
-    Task("emoji names by group", "emoji.toml", ("data.caption=caption",)),
 )
 
 

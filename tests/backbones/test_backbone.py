@@ -439,6 +439,13 @@ def embedded(folder: Path, monkeypatch: pytest.MonkeyPatch, weights: bytes | Non
     monkeypatch.setattr(module, "MINILM_PACKAGE", "embedded_minilm")
 
 
+@pytest.mark.parametrize("name", ["../models/nobody", "/nowhere/model", "./here", "a/b/c"])
+def test_a_path_that_leads_nowhere_is_no_hub_id(name: str) -> None:
+    with pytest.raises(BackboneError, match="no such folder; allowed"):
+        find(name)
+    assert find("owner/name") == "owner/name"
+
+
 def test_the_embedded_weights_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import hashlib
 

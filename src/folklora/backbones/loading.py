@@ -25,9 +25,14 @@ def find(name: str) -> str:
     Raises
     ------
     BackboneError
-        If the embedded package is missing or its weights are not the official file.
+        If the embedded package is missing or its weights are not the official file, or a path leads nowhere.
     """
     if name != "minilm":
+        if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).exists():
+            raise BackboneError(
+                f'model.name = "{name}": no such folder; allowed: "minilm", a folder with config.json and '
+                "model.safetensors, or a hub id (the folders of the recipes here: `make models`)"
+            )
         return name
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     if spec is None or not spec.submodule_search_locations:

@@ -178,8 +178,9 @@ class Tasks:
             where = environment(torch.device("cpu"), torch.float32)
             checkpoints = before.get("checkpoints", {}) | _checkpoints(self.tasks)
             document = {"environment": where, "grid": GRID, "seeds": SEEDS, "checkpoints": checkpoints}
-            told = dict(sorted(told.items(), key=lambda item: order.get(item[0], len(order))))
-            self.bench.write("tasks", {**before, **document, "tasks": told, "rows": list(rows.values())})
+            told = {name: told[name] for name in order if name in told}  # what is listed no more is shown no more
+            kept = [row for row in rows.values() if row["task"] in order]
+            self.bench.write("tasks", {**before, **document, "tasks": told, "rows": kept})
 
 
 def _described(task: Task) -> dict[str, Any]:

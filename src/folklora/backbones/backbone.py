@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from folklora.adapters.layers import Bank
 from folklora.backbones import lowbit
 from folklora.backbones.batch import Batch, TokenIds, pack, pad
-from folklora.backbones.frozen import Frozen
-from folklora.backbones.loading import device_of, refuse_other_kind, tokenizer_of
-from folklora.backbones.quantize import WeightBits
+from folklora.backbones.frozen import Frozen, Settings, Wishes, settled
+from folklora.backbones.loading import refuse_other_kind, tokenizer_of
 from folklora.errors import BackboneError
 
 PROBE = "Ärzte & Köche: 3.5 % of w1, w2 – don't!"
@@ -42,17 +41,7 @@ class Backbone(Frozen):
         Whether it is a decoder, whose tokens see only what stands before them.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        targets: str = "default",
-        norm: bool = False,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        weight_bits: WeightBits | None = None,
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, **settings: Unpack[Settings]) -> None:
         self.tokenizer = tokenizer
         config, model_type = model.config, str(model.config.model_type)
         if getattr(config, "is_encoder_decoder", False):
@@ -67,20 +56,10 @@ class Backbone(Frozen):
         self.max_length = limit - self._first_position if limit else sys.maxsize
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # its output is never used: features are pooled by the task
-        super().__init__(model, targets=targets, norm=norm, device=device, dtype=dtype, weight_bits=weight_bits)
+        super().__init__(model, **settings)
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        *,
-        targets: str = "default",
-        norm: bool = False,
-        device: str = "auto",
-        dtype: str = "auto",
-        weight_bits: WeightBits | None = None,
-        quantize: str = "none",
-    ) -> Backbone:
+    def load(cls, name: str, *, quantize: str = "none", **wishes: Unpack[Wishes]) -> Backbone:
         """Load a backbone by embedded name, folder or hub id.
 
         Raises
@@ -90,19 +69,15 @@ class Backbone(Frozen):
         """
         from transformers import AutoModel
 
-        chosen = device_of(device)
+        settings = settled(wishes)
         refuse_other_kind(name, "text")
         # Hugging Face fills what a file lacks with random numbers: harmless for the pooler, which is dropped.
-        model = lowbit.pretrained(name, AutoModel, quantize, chosen, unused="pooler.")
+        model = lowbit.pretrained(name, AutoModel, quantize, torch.device(settings["device"]), unused="pooler.")
         tokenizer = tokenizer_of(name)
         return cls(
             model,
             tokenizer,
-            targets=targets,
-            norm=norm,
-            device=chosen,
-            dtype=None if dtype == "auto" else getattr(torch, dtype),
-            weight_bits=weight_bits,
+            **settings,
         )
 
     def batch(self, groups: list[list[TokenIds]], packed: str = "auto", *, mixed: bool = True) -> Batch:

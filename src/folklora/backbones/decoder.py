@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,8 @@ from folklora.adapters.layers import Bank
 from folklora.backbones import lowbit
 from folklora.backbones.backbone import Backbone
 from folklora.backbones.batch import Batch
-from folklora.backbones.frozen import adaptable, choose_targets
-from folklora.backbones.loading import config_of, device_of, tokenizer_of
-from folklora.backbones.quantize import WeightBits
+from folklora.backbones.frozen import Settings, Wishes, adaptable, choose_targets, settled
+from folklora.backbones.loading import config_of, tokenizer_of
 from folklora.errors import BackboneError
 
 PACKABLE = frozenset(
@@ -41,11 +40,11 @@ class CausalBackbone(Backbone):
         Tokens that end a text, by the model's own configuration.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, **arguments: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, **settings: Unpack[Settings]) -> None:
         head = model.get_output_embeddings()
         self._body = _name_of(model, model.get_decoder())
         self._head = _name_of(model, head)
-        super().__init__(model, tokenizer, **arguments)
+        super().__init__(model, tokenizer, **settings)
         self.vocabulary, self.width = head.weight.shape
         self.packable = self.model_type in PACKABLE and not _looks_through_window(self.config)
         self.end_tokens = _end_tokens(model, self.vocabulary)
@@ -57,17 +56,7 @@ class CausalBackbone(Backbone):
             )
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        *,
-        targets: str = "default",
-        norm: bool = False,
-        device: str = "auto",
-        dtype: str = "auto",
-        weight_bits: WeightBits | None = None,
-        quantize: str = "none",
-    ) -> CausalBackbone:
+    def load(cls, name: str, *, quantize: str = "none", **wishes: Unpack[Wishes]) -> CausalBackbone:
         """Load a language model by folder or hub id.
 
         Raises
@@ -77,17 +66,13 @@ class CausalBackbone(Backbone):
         """
         from transformers import AutoModelForCausalLM
 
-        chosen = device_of(device)
+        settings = settled(wishes)
         _refuse_encoders(name)
-        model = lowbit.pretrained(name, AutoModelForCausalLM, quantize, chosen)
+        model = lowbit.pretrained(name, AutoModelForCausalLM, quantize, torch.device(settings["device"]))
         return cls(
             model,
             tokenizer_of(name),
-            targets=targets,
-            norm=norm,
-            device=chosen,
-            dtype=None if dtype == "auto" else getattr(torch, dtype),
-            weight_bits=weight_bits,
+            **settings,
         )
 
     def targets(self, model: nn.Module, targets: str) -> list[str]:

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from folklora.adapters.layers import AdaptedLinear, AdaptedNorm, Bank, Socket
 from folklora.adapters.lowrank import Site
 from folklora.backbones import lowbit
 from folklora.backbones.checkpointing import install
+from folklora.backbones.loading import device_of
 from folklora.backbones.quantize import WeightBits, quantize_weights, stored_bytes
 from folklora.errors import BackboneError
 
@@ -56,6 +57,44 @@ def has_native_bfloat16(device: torch.device) -> bool:
     # On Arm ("bf16") the products also need oneDNN, which torch for macOS lacks.
     arm = found.get("bf16") and torch.backends.mkldnn.is_available()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16") or arm)
+
+
+class Wishes(TypedDict, total=False):
+    """How a backbone is loaded, as a recipe says it."""
+
+    targets: str
+    norm: bool
+    device: str
+    dtype: str
+    weight_bits: WeightBits | None
+
+
+class Settings(TypedDict, total=False):
+    """The same on this machine: what `Frozen` takes."""
+
+    targets: str
+    norm: bool
+    device: torch.device | str
+    dtype: torch.dtype | None
+    weight_bits: WeightBits | None
+
+
+def settled(wishes: Wishes) -> Settings:
+    """Which device is meant, and which precision.
+
+    Raises
+    ------
+    BackboneError
+        If the device is not there.
+    """
+    dtype = wishes.get("dtype", "auto")
+    return {
+        "targets": wishes.get("targets", "default"),
+        "norm": wishes.get("norm", False),
+        "device": device_of(wishes.get("device", "auto")),
+        "dtype": None if dtype == "auto" else getattr(torch, dtype),
+        "weight_bits": wishes.get("weight_bits"),
+    }
 
 
 class Frozen:

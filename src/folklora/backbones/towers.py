@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from folklora.adapters.layers import Bank
 from folklora.backbones.backbone import PROBE
 from folklora.backbones.batch import Batch, TokenIds, pack, pad
-from folklora.backbones.frozen import Frozen, choose_targets
-from folklora.backbones.loading import device_of, image_processor_of, pretrained, refuse_other_kind, tokenizer_of
+from folklora.backbones.frozen import Frozen, Settings, Wishes, choose_targets, settled
+from folklora.backbones.loading import image_processor_of, pretrained, refuse_other_kind, tokenizer_of
 from folklora.backbones.pictures import FUSED_FROM, PictureBatch, PictureProcessor, Pixels, lay_out_pictures
-from folklora.backbones.quantize import WeightBits
 from folklora.backbones.tokenwise import tokenwise
 from folklora.errors import BackboneError
 
@@ -63,11 +62,7 @@ class ImageTextBackbone(Frozen):
         pictures: PictureProcessor,
         *,
         tower: Literal["both", "image", "text"] = "both",
-        targets: str = "default",
-        norm: bool = False,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        weight_bits: WeightBits | None = None,
+        **settings: Unpack[Settings],
     ) -> None:
         kind = str(model.config.model_type)
         if kind not in FAMILIES:
@@ -90,21 +85,13 @@ class ImageTextBackbone(Frozen):
         )
         self.scale = float(model.logit_scale.detach().exp())
         self.bias = float(model.logit_bias.detach()) if self.sigmoid else 0.0
-        super().__init__(model, targets=targets, norm=norm, device=device, dtype=dtype, weight_bits=weight_bits)
+        super().__init__(model, **settings)
         trained = [site.name for site in self.sites] + list(self.norms)
         self.adapted = frozenset(t for t, part in PARTS.items() if any(name.startswith(part) for name in trained))
 
     @classmethod
     def load(
-        cls,
-        name: str,
-        *,
-        tower: Literal["both", "image", "text"] = "both",
-        targets: str = "default",
-        norm: bool = False,
-        device: str = "auto",
-        dtype: str = "auto",
-        weight_bits: WeightBits | None = None,
+        cls, name: str, *, tower: Literal["both", "image", "text"] = "both", **wishes: Unpack[Wishes]
     ) -> ImageTextBackbone:
         """Load a backbone by folder or hub id.
 
@@ -115,7 +102,7 @@ class ImageTextBackbone(Frozen):
         """
         from transformers import AutoModel
 
-        chosen = device_of(device)
+        settings = settled(wishes)
         refuse_other_kind(name, "image-text")
         pictures = PictureProcessor(image_processor_of(name))
         tokenizer = tokenizer_of(name)
@@ -124,11 +111,7 @@ class ImageTextBackbone(Frozen):
             tokenizer,
             pictures,
             tower=tower,
-            targets=targets,
-            norm=norm,
-            device=chosen,
-            dtype=None if dtype == "auto" else getattr(torch, dtype),
-            weight_bits=weight_bits,
+            **settings,
         )
 
     def targets(self, model: nn.Module, targets: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from folklora.adapters.layers import Bank
 from folklora.backbones.classification import LinearHead
-from folklora.backbones.frozen import Frozen, choose_targets
-from folklora.backbones.loading import device_of, image_processor_of, pretrained, refuse_other_kind
+from folklora.backbones.frozen import Frozen, Settings, Wishes, choose_targets, settled
+from folklora.backbones.loading import image_processor_of, pretrained, refuse_other_kind
 from folklora.backbones.pictures import FUSED_FROM, PictureBatch, PictureProcessor, Pixels, lay_out_pictures
-from folklora.backbones.quantize import WeightBits
 from folklora.backbones.tokenwise import tokenwise
 from folklora.errors import BackboneError
 
@@ -35,36 +34,17 @@ class VisionBackbone(Frozen):
         Whether the first of them is no patch.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        pictures: PictureProcessor,
-        *,
-        targets: str = "default",
-        norm: bool = False,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        weight_bits: WeightBits | None = None,
-    ) -> None:
+    def __init__(self, model: Any, pictures: PictureProcessor, **settings: Unpack[Settings]) -> None:
         self.pictures = pictures
         self.has_class_token = any(name.endswith(CLASS_TOKENS) for name, _ in model.named_parameters())
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # its output is never used: features are pooled by the task
         self.tokens, self.width = _probe(model, pictures.size)
         self._tokenwise = tokenwise(model, lambda model: _states(model, _two_pictures(pictures.size)), 2 * self.tokens)
-        super().__init__(model, targets=targets, norm=norm, device=device, dtype=dtype, weight_bits=weight_bits)
+        super().__init__(model, **settings)
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        *,
-        targets: str = "default",
-        norm: bool = False,
-        device: str = "auto",
-        dtype: str = "auto",
-        weight_bits: WeightBits | None = None,
-    ) -> VisionBackbone:
+    def load(cls, name: str, **wishes: Unpack[Wishes]) -> VisionBackbone:
         """Load a backbone by folder or hub id.
 
         Raises
@@ -74,17 +54,13 @@ class VisionBackbone(Frozen):
         """
         from transformers import AutoModel
 
-        chosen = device_of(device)
+        settings = settled(wishes)
         refuse_other_kind(name, "image")
         pictures = PictureProcessor(image_processor_of(name))
         return cls(
             pretrained(name, AutoModel, unused="pooler."),
             pictures,
-            targets=targets,
-            norm=norm,
-            device=chosen,
-            dtype=None if dtype == "auto" else getattr(torch, dtype),
-            weight_bits=weight_bits,
+            **settings,
         )
 
     def targets(self, model: nn.Module, targets: str) -> list[str]:

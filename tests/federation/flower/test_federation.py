@@ -98,7 +98,12 @@ class World:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         with (self.folder / log).open("ab") as file:
             process = subprocess.Popen(
-                [sys.executable, *map(str, command)], stdout=file, stderr=file, env=environment, start_new_session=True
+                [sys.executable, *map(str, command)],
+                stdout=file,
+                stderr=file,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_hears_ctrl_c,
             )
         self.started.append(process)
         return process
@@ -157,6 +162,11 @@ def until(happened: Callable[[], Any], what: str, *processes: subprocess.Popen[b
         if (ended and not happened()) or time.monotonic() > end:
             pytest.fail(f"{what}: did not happen; ended: {ended}")
         time.sleep(0.05)
+
+
+def _hears_ctrl_c() -> None:
+    """Tests that a shell put in the background (``&``) ignore SIGINT, and so would all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,6 +27,32 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(os, "sync", lambda: None)
         yield
+
+
+class Ran(NamedTuple):
+    """What a command left behind: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def folklora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """``folklora("run", path, ...)`` in this process, as the entry point runs it; stdout and stderr of the process."""
+    from folklora import cli
+
+    def command(*arguments: Any) -> Ran:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["folklora", *map(str, arguments)])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return Ran(code or 0, *capfd.readouterr())
+
+    return command
 
 
 WORDS = 60

@@ -8,13 +8,11 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from folklora import cli
 from folklora.federation import run as library
 from folklora.methods import METHODS
 from folklora.recipe import Recipe
@@ -40,32 +38,7 @@ ROW = {  # the issue's list, and what the report needs beside it
 }
 
 
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Ran]
-
-
-@pytest.fixture
-def folklora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """``folklora("run", path, ...)`` in this process, as the entry point runs it; stdout and stderr of the process."""
-
-    def command(*arguments: Any) -> Ran:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["folklora", *map(str, arguments)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        out, err = capfd.readouterr()
-        return Ran(code or 0, out, err)
-
-    return command
+Command = Callable[..., Any]  # the fixture `folklora`
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +66,7 @@ def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def mistake(ran: Ran) -> str:
+def mistake(ran: Any) -> str:
     """The one line of a user's mistake."""
     assert ran.code == 2
     assert ran.out == ""

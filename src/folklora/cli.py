@@ -5,7 +5,6 @@ Results go to stdout, progress and everything else to stderr. A user's mistake i
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from folklora.errors import FolkLoraError, RecipeError
+from folklora.errors import FolkLoraError
 from folklora.recipe import Recipe
 from folklora.terminal import Shown, at_work, err, out, print_json
 
@@ -298,8 +297,6 @@ def chat(
     from folklora.talk import talk
     from folklora.training.generation import Sampling
 
-    if math.isnan(temperature) or math.isnan(top_p):
-        raise RecipeError("--temperature and --top-p; allowed: numbers")
     sampling = Sampling(temperature, top_p, seed)
     conversation = open_conversation(path, client, tuned=tuned, max_new_tokens=max_new_tokens, sampling=sampling)
     talk(conversation, prompt, as_json=as_json)

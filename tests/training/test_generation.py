@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.backbones.backbone import Backbone
 from folklora.backbones.causal import CausalBackbone, CausalLM
 from folklora.backbones.classification import Classification
-from folklora.errors import BackboneError
+from folklora.errors import BackboneError, RecipeError
 from folklora.training.generation import GREEDY, Sampling, draw, generate, refuse_speechless, stream
 from folklora.training.prediction import Question
 
@@ -233,3 +234,9 @@ def test_nothing_is_asked(place: Callable[..., Place]) -> None:
     here = place("llama")
     assert generate(here.task, here.adapter, [], NEW) == {}
     assert generate(here.task, here.adapter, [here.questions()[2]], NEW) == {"client-2": []}
+
+
+@pytest.mark.parametrize("of", [{"temperature": math.nan}, {"top_p": math.nan}])
+def test_what_is_no_number_chooses_nothing(of: dict[str, float]) -> None:
+    with pytest.raises(RecipeError, match="allowed: numbers"):
+        Sampling(**of)

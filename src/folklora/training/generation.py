@@ -8,6 +8,7 @@ batching. A client's rows are consecutive, so that its adapter is one group of r
 from __future__ import annotations
 
 import inspect
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.backbones.batch import Batch, TokenIds
 from folklora.backbones.causal import CausalLM
 from folklora.backbones.conversation import Turns
-from folklora.errors import BackboneError
+from folklora.errors import BackboneError, RecipeError
 from folklora.randomness import numpy_generator
 from folklora.training.prediction import Question
 from folklora.training.stacks import plug, stack
@@ -41,11 +42,20 @@ class Sampling:
         Only the likeliest tokens that together have at least this probability are drawn from.
     seed
         Where the numbers of a prompt follow from, with the client and the prompt's place among the client's.
+
+    Raises
+    ------
+    RecipeError
+        If ``temperature`` or ``top_p`` is not a number.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.temperature) or math.isnan(self.top_p):
+            raise RecipeError("--temperature and --top-p; allowed: numbers")
 
 
 GREEDY = Sampling()

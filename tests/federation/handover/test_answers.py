@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from folklora import cli
 from folklora.data.pictures import read_picture
 from folklora.errors import DataError, RunError
 from folklora.federation.answers import predict
@@ -141,23 +139,6 @@ def test_an_unknown_client_is_one_line(finished: Finished, shown: Path) -> None:
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folklora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``folklora("predict", run, ...)`` as the entry point runs it: exit code, stdout, stderr."""
-
-    def command(*arguments: Any) -> tuple[int, str, str]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["folklora", *map(str, arguments)])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code or 0, *capfd.readouterr()
-
-    return command
 
 
 def test_the_commands(

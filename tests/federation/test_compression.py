@@ -222,7 +222,7 @@ HARD = ("message.dtype=int8", "message.top_k=0.1", "message.error_feedback=true"
 
 
 def memories(engine: LocalEngine) -> dict[str, Tensors]:
-    return {client: dict(member.uplink.memory) for client, member in engine.members.items()}
+    return {client: dict(member.outlet.uplink.memory) for client, member in engine.members.items()}
 
 
 def same(one: Mapping[str, Tensors], other: Mapping[str, Tensors]) -> bool:

@@ -23,8 +23,10 @@ Federations = Callable[..., Any]
 MIXED = {name for name, cls in METHODS.items() if cls.mixed_ranks}
 # Methods that send few bits, as they are where nothing is lost: a scale for each number.
 LOSSLESS: dict[str, dict[str, Any]] = {"fedlpp": {"block": 1}, "haflq": {"block": 1, "bits": 64.0}}
+# FolkLoRA as it is with a head: without one it is another method, unless it is told not to be.
+OURS: dict[str, dict[str, Any]] = {"folklora": {"basis": "frozen"}}
 PLAIN: list[tuple[str, dict[str, Any]]] = [
-    *((name, LOSSLESS.get(name, {})) for name in METHODS if name != "sketch"),
+    *((name, LOSSLESS.get(name, OURS.get(name, {}))) for name in METHODS if name != "sketch"),
     *(
         ("celora", {"basis": basis, "similarity": similarity})
         for basis in ("private", "frozen", "aligned")
@@ -47,7 +49,11 @@ SGD = {"optimizer": "sgd"}
 VARIANTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *((name, options, {}) for name, options in PLAIN),
     ("ravan", {"heads": 2, "budget": 1}, {"alpha": 8.0}),
-    *((name, {"proximal": 0.1}, {}) for name, cls in METHODS.items() if "proximal" in cls.combines and name in MIXED),
+    *(
+        (name, {"proximal": 0.1, **OURS.get(name, {})}, {})
+        for name, cls in METHODS.items()
+        if "proximal" in cls.combines and name in MIXED
+    ),
     ("celora", {"similarity": "size", "scaffold": True}, SGD),
     ("fedit", {"scaffold": True, "proximal": 0.1, "fedopt": "adam"}, SGD),
     *((name, {"scaffold": True}, SGD) for name in ("ffa", "fedsa", "rolora", "loraxs", "fedsb")),
@@ -141,10 +147,24 @@ def test_no_statistics_travel_for_a_head_that_is_not_there(
     assert (fed.method.sketch_numbers() == 0) == (not said)
 
 
-def test_folklora_is_celoras_mixing_in_a_frozen_frame(federation: Federations) -> None:
-    plain = {"basis": "frozen", "similarity": "size", "components": 0}
+@pytest.mark.parametrize(
+    ("options", "celoras"),
+    [
+        ({}, {}),
+        ({"temperature": 0.1, "proximal": 0.1}, {"temperature": 0.1, "proximal": 0.1}),
+        ({"basis": "frozen"}, {"basis": "frozen", "similarity": "size", "components": 0}),
+        ({"similarity": "data"}, {"basis": "frozen", "similarity": "data", "components": 0}),
+        ({"fedopt": "adam"}, {"basis": "frozen", "similarity": "size", "components": 0, "fedopt": "adam"}),
+    ],
+    ids=str,
+)
+def test_folklora_is_celora_and_what_it_is_told(
+    federation: Federations, options: dict[str, Any], celoras: dict[str, Any]
+) -> None:
+    """Without a head it has nothing of its own to add, and cores in a common frame alone say too little."""
     one, other = (
-        play(federation(*entry, ranks=(2, 5, 3), headless=True)) for entry in (("folklora", {}), ("celora", plain))
+        play(federation(*entry, ranks=(2, 5, 3), headless=True))
+        for entry in (("folklora", options), ("celora", celoras))
     )
     for mine, theirs in zip(one, other, strict=True):
         assert list(mine) == list(theirs)

@@ -137,6 +137,7 @@ class Method:
     promotes: ClassVar[bool] = False  # whether a client's rank may be raised during a run
     needs_head: ClassVar[bool] = False  # whether it has nothing to do where the task has no head of its own
     has_global_model: ClassVar[bool] = False
+    takes_means: ClassVar[bool] = True  # whether its server step takes nothing of the uploads but their mean
     trains: ClassVar[frozenset[str]] = frozenset({"A", "B", "C", "head", "norm"})
     travels: ClassVar[frozenset[str]] = frozenset()
     combines: ClassVar[frozenset[str]] = frozenset()  # which options of `folklora.methods.EXTENSIONS`
@@ -342,6 +343,16 @@ class Method:
         """Aggregate; by default the mean of all that arrived, weighted by examples (FedAvg, arXiv 1602.05629)."""
         mean = weighted_mean([m.tensors for m in messages.values()], self.weights(messages))
         return {**state, **{f"global/{name}": tensor for name, tensor in mean.items()}}
+
+    @property
+    def averages(self) -> bool:
+        """Whether the server's step takes nothing of the uploads but their weighted mean.
+
+        Given that mean as the one message of any client that took part, it then does what it does with all of them: a
+        server may be kept from reading single uploads, noise may be added to their sum, and another centre may stand in
+        the mean's place.
+        """
+        return self.takes_means and bool(self.shared(1)) and len(set(self.context.ranks.values())) == 1
 
     def origin(self, state: State) -> Tensors:
         """The clients' common model as it was before the first round, by its names in the state."""

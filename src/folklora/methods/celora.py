@@ -329,6 +329,10 @@ class CELoRA(Method):
         cores = {f"common/{n}": s * t for n, t in self.initial(widest).items() if n.startswith("C/")}
         return {**super().origin(state), **cores}
 
+    @property
+    def averages(self) -> bool:
+        return self.options.common_core and self.options.similarity == "size" and super().averages
+
     def _scaled_cores(self, messages: Mapping[str, Message]) -> Tensor:
         """``s_k C_k`` of all layers, zero-padded to the largest rank of all clients: [K, L, r, r]."""
         most = max(self.context.ranks.values())

@@ -62,6 +62,7 @@ class FedAWA(Method):
     title = "FedAWA (weights learned)"
     paper = "arXiv:2503.15842"
     has_global_model = True
+    takes_means = False
     travels = frozenset({"A", "B", "norm"})
     combines = frozenset({"proximal"})
     options_type = FedAWAOptions

@@ -44,6 +44,7 @@ class FedExLoRA(Method):
     title = "FedEx-LoRA (residual merged into the weights)"
     paper = "arXiv:2410.09432"
     has_global_model = True
+    takes_means = False
     travels = frozenset({"A", "B", "norm"})
     combines = frozenset({"proximal"})
     options_type = FedExOptions

@@ -43,6 +43,7 @@ class FLoRA(Method):
     paper = "arXiv:2409.05976"
     mixed_ranks = True
     has_global_model = True
+    takes_means = False
     travels = frozenset({"A", "B", "norm"})
     combines = frozenset({"proximal"})
     options_type = FedITOptions

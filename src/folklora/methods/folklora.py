@@ -4,12 +4,15 @@ CE-LoRA with ``basis = "frozen"`` (A, B orthonormal, drawn from the seed, the sa
 starts at zero, so the mean of cores is the mean of updates, exactly), cores averaged by examples or mixed by
 similarity, and a head kept at home that starts from zero or from everybody's class statistics
 (`folklora.methods.heads`). The class statistics travel once and serve both the head and, where asked for, the data
-similarity. Where the task has no head of its own, cores are all there is: nothing travels once but for the similarity.
+similarity.
+
+Where the task has no head of its own nothing would be left that is a client's own, and cores alone can say too little
+(docs/tasks.md has CE-LoRA beside it): FolkLoRA then is CE-LoRA as published, unless its options say otherwise.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -17,11 +20,21 @@ from folklora.methods.celora import CELoRA, CELoRAOptions
 
 
 class FolkLoRAOptions(CELoRAOptions):
+    headless: ClassVar[frozenset[str]] = frozenset({"basis", "similarity", "components"})
+    """Options that are CE-LoRA's defaults where there is no head."""
+
     head: Literal["private", "shared", "sketched"] = "sketched"
     head_start: Literal["zero", "sketched", "auto"] | None = "auto"
     basis: Literal["private", "frozen", "aligned"] = "frozen"
     similarity: Literal["data", "model", "both", "uniform", "size"] = "size"
     components: int = Field(0, ge=0, le=64, description="of each class's mixture; 0: read off the statistics")
+
+    def without_head(self, method: str) -> Self:
+        plain = super().without_head(method)
+        if self.model_fields_set & (self.headless | {"fedopt", "scaffold", "dp_epsilon"}):
+            return plain
+        published = CELoRAOptions()
+        return plain.model_copy(update={name: getattr(published, name) for name in self.headless})
 
 
 class FolkLoRA(CELoRA):

@@ -64,6 +64,7 @@ class LoRAFAIR(Method):
     title = "LoRA-FAIR (mean of B corrected)"
     paper = "arXiv:2411.14961"
     has_global_model = True
+    takes_means = False
     travels = frozenset({"A", "B", "norm"})
     combines = frozenset({"proximal"})
     options_type = LoRAFAIROptions

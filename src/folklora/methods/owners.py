@@ -68,6 +68,7 @@ class Pairs(Method):
 
     mixed_ranks = True
     has_global_model = True
+    takes_means = False
     travels = frozenset({"A", "B", "norm"})
     combines = frozenset({"proximal"})
     options_type: ClassVar[type[Options]] = FedITOptions

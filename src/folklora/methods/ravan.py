@@ -71,6 +71,7 @@ class Ravan(Method):
     core = True
     has_global_model = True
     trains = frozenset({"C", "gain", "head", "norm"})
+    takes_means = False
     travels = frozenset({"H", "norm"})
     options_type = RavanOptions
     options: RavanOptions

@@ -39,6 +39,8 @@ from folklora.methods.work import Trained, Work
 class Scaffold(Method):
     """Stands before the method it is combined with, in one class; see `folklora.methods.build`."""
 
+    takes_means = False  # it remembers who was heard
+
     def __init__(self, options: Options, context: Context) -> None:
         super().__init__(options, context)
         if context.optimizer != "sgd" or context.momentum:

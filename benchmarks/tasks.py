@@ -59,7 +59,8 @@ class Task:
 
     def made_of(self) -> str:
         """In short what its results rest on beside the methods: the recipe, the weights, the examples."""
-        document = self.recipe().model_dump(mode="json")
+        # Without what is as by default: a key that is new since says nothing of these runs.
+        document = self.recipe().model_dump(mode="json", exclude_defaults=True)
         files = Path(document["model"].pop("name")) / "model.safetensors", Path(document["data"].pop("source"))
         told = [document, *(_digest(file) for file in files)]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]

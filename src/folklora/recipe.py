@@ -250,6 +250,54 @@ class EngineSection(Section):
     deadline: float = Field(600.0, gt=0, le=1e6, description="seconds for an answer; later ones do not count")
 
 
+class PrivacySection(Section):
+    """Differential privacy of training: whose presence cannot be told, and at which price."""
+
+    unit: Literal["none", "client", "example"] = Field("none", description="whose presence is hidden")
+    clip: float = Field(1.0, gt=0, le=1e6, description="L2: of a client's update, or of one example's gradient")
+    noise: float | None = Field(
+        None, gt=0, le=1e6, description="multiplier: sd per unit of sensitivity; default: as epsilon wants it"
+    )
+    epsilon: float | None = Field(None, gt=0, le=1e6, description="budget; with noise, the run stops before it is over")
+    delta: float = Field(1e-5, gt=0, lt=1)
+    placement: Literal["server", "shares", "client"] = Field(
+        "server", description="client unit: who adds the noise: the server, each client a share, each client all of it"
+    )
+    accountant: Literal["pld", "rdp"] = "pld"
+
+    @model_validator(mode="after")
+    def _noise_is_known(self) -> PrivacySection:
+        if self.unit != "none" and self.noise is None and self.epsilon is None:
+            raise ValueError(f'unit = "{self.unit}" without noise; allowed: noise, epsilon, or both')
+        return self
+
+
+class SecureSection(Section):
+    """What the server is kept from reading."""
+
+    kind: Literal["none", "masks", "ckks"] = Field(
+        "none", description="masks: it reads sums alone (secure aggregation); ckks: it mixes cores it cannot read"
+    )
+    threshold: float = Field(0.5, gt=0, le=1, description="masks: share of a round's clients that opens the sum")
+    range: float = Field(8.0, gt=0, le=1e6, description="masks: numbers are clipped to plus or minus this")
+
+
+class RobustSection(Section):
+    """What the server takes in place of the mean, against clients that lie."""
+
+    rule: Literal["mean", "clip", "median", "trimmed", "krum", "multikrum", "geometric"] = "mean"
+    byzantine: float = Field(0.2, ge=0, lt=0.5, description="share of liars to withstand: trimmed, krum, multikrum")
+    norm: float | None = Field(None, gt=0, description="clip: L2 of an update; default: the round's median")
+
+
+class PoisonSection(Section):
+    """Simulated, in the local engine: clients that lie."""
+
+    kind: Literal["none", "labels", "sign", "noise", "backdoor"] = "none"
+    share: float = Field(0.0, ge=0, le=1, description="of the clients")
+    scale: float = Field(1.0, gt=0, le=1e6, description="sign, noise: size of the lie beside the honest update")
+
+
 class FaultsSection(Section):
     """Simulated, in the local engine: the fraction of answers that each fault strikes."""
 
@@ -277,7 +325,11 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
     message: MessageSection = MessageSection()
+    privacy: PrivacySection = PrivacySection()
+    secure: SecureSection = SecureSection()
+    robust: RobustSection = RobustSection()
     engine: EngineSection = EngineSection()
+    poison: PoisonSection = PoisonSection()
     faults: FaultsSection = FaultsSection()
     track: TrackSection = TrackSection()
 

@@ -54,6 +54,14 @@ class Engine(Protocol):
         """Uploads as they come, until all are there or ``engine.deadline`` is over."""
         ...
 
+    def attach(self, client: str, data: bytes) -> None:
+        """What goes along with this client's next training."""
+        ...
+
+    def talk(self, round: int, topic: str, parts: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+        """An exchange beside the training: what clients answer to their parts; who fails or is silent is missing."""
+        ...
+
     def accepted(self, clients: Sequence[str]) -> None:
         """The server has taken these clients' uploads of this round."""
         ...

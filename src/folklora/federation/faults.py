@@ -114,6 +114,12 @@ class FaultyEngine:
     def receive(self, client: str, data: bytes) -> None:
         self.engine.receive(client, data)
 
+    def attach(self, client: str, data: bytes) -> None:
+        self.engine.attach(client, data)
+
+    def talk(self, round: int, topic: str, parts: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+        return self.engine.talk(round, topic, parts)
+
     def accepted(self, clients: Sequence[str]) -> None:
         self.engine.accepted(clients)
 

@@ -69,6 +69,18 @@ class LocalEngine:
             else:
                 yield Upload(client, data, results[0].loss, round=round)
 
+    def attach(self, client: str, data: bytes) -> None:
+        self.members[client].outlet.attached = data
+
+    def talk(self, round: int, topic: str, parts: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+        for client, data in parts.items():
+            try:
+                answer = self.members[client].outlet.talk(round, topic, data)
+            except FolkLoraError as error:
+                logger.warning("client %s, %s: %s", client, topic, error)
+            else:
+                yield client, answer
+
     def accepted(self, clients: Sequence[str]) -> None:
         for client in clients:
             self.members[client].accepted()

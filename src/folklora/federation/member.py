@@ -12,8 +12,8 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Shapes, Tensors
 from folklora.errors import FolkLoraError, MessageError, MethodError
-from folklora.federation.codec import check, decode, encode
-from folklora.federation.compression import Compression, Uplink
+from folklora.federation.codec import check, encode
+from folklora.federation.outlet import outlet_of
 from folklora.federation.setup import Setup
 from folklora.methods.base import Client, Message, Method
 from folklora.methods.work import Trained
@@ -57,7 +57,6 @@ class Member:
         self.method = setup.method
         self.data = MemberData(setup, client)
         self.moments: dict[str, Tensors] = {}  # of each branch of training
-        self.uplink = Uplink(Compression(setup.recipe.message, setup.method), client)
         self.client = Client(
             id=client,
             rank=setup.ranks[client],
@@ -66,6 +65,7 @@ class Member:
             data=self.data,
             secret=derive(setup.recipe.seed, "secret", client) if secret is None else secret,
         )
+        self.outlet = outlet_of(setup.recipe, self.method, self.client)
         self.most = _largest_download(self.method, self.client)
 
     # -- messages ------------------------------------------------------------------------------------------------
@@ -82,22 +82,22 @@ class Member:
         MessageError
             If it cannot be used; the client is then as it was before.
         """
-        message = decode(data, self.most)
+        message = self.outlet.open(data, self.most)
         self._become(self._after(self.method.settle, message))
-        self.uplink.settled(message)
+        self.outlet.uplink.settled(message)
 
     def receive(self, data: bytes) -> None:
         """Take a reply in; raises as `settle` does."""
-        message = decode(data, self.most)
+        message = self.outlet.open(data, self.most)
         self._become(self._after(self.method.receive, message))
-        self.uplink.received(message)
+        self.outlet.uplink.received(message)
 
     def _become(self, shadow: Client) -> None:
         self.client.tensors, self.client.notes = shadow.tensors, shadow.notes
 
     def accepted(self) -> None:
         """The server has taken this client's last upload."""
-        self.uplink.accepted()
+        self.outlet.uplink.accepted()
 
     def finish(self, round: int, fitted: Sequence[Fitted]) -> bytes | None:
         """Take the training's result in (one a job, in their order) and say what travels, if anything does.
@@ -119,7 +119,7 @@ class Member:
                 {f.branch: Trained(f.tensors, f.loss, f.steps, f.travelled, f.importance) for f in fitted},
             )
             message = self.method.send(round, self.client)
-            data = None if message is None else self.uplink.encode(round, message)
+            data = None if message is None else self.outlet.encode(round, message)
         except FolkLoraError:
             self.client.tensors, self.client.notes = before
             raise
@@ -150,7 +150,7 @@ class Member:
 
     def preview(self, data: bytes | None) -> Client:
         """This client as it would be after receiving ``data``; what it has stays as it is."""
-        return self.client if data is None else self._after(self.method.receive, decode(data, self.most))
+        return self.client if data is None else self._after(self.method.receive, self.outlet.open(data, self.most))
 
     def _after(self, take: Callable[[Client, Message], None], message: Message) -> Client:
         """This client as a message would leave it, if it leaves it with tensors of the names and shapes it works with.
@@ -187,7 +187,7 @@ class Member:
     # -- its record in the run directory -------------------------------------------------------------------------
 
     def record(self) -> Tensors:
-        groups = {"model": self.client.tensors, "notes": self.client.notes, **self.uplink.record()}
+        groups = {"model": self.client.tensors, "notes": self.client.notes, **self.outlet.uplink.record()}
         groups |= {f"moments@{branch}" if branch else "moments": moments for branch, moments in self.moments.items()}
         return {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
@@ -197,7 +197,7 @@ class Member:
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = tensor
         self.client.tensors, self.client.notes = groups.pop("model"), groups.pop("notes")
-        self.uplink.restore(groups)
+        self.outlet.uplink.restore(groups)
         # What else stands in it is not a member's.
         ours = {group: moments for group, moments in groups.items() if group.partition("@")[0] == "moments"}
         self.moments = {group.partition("@")[2]: moments for group, moments in ours.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from folklora.errors import RunError
+from folklora.federation.contract import CONTRACT, Contract
 from folklora.federation.parties import server_setup
 from folklora.federation.remote import Carrier, RemoteEngine
 from folklora.federation.roster import FEDERATION, Roster
@@ -45,7 +46,8 @@ def begin(recipe: Recipe, out: str | Path, members: Sequence[str]) -> Hosted:
     setup = server_setup(recipe, members)
     refuse_unreachable(recipe.track)
     roster = Roster.new(RunDirectory(Path(out)), setup.data.table.classes, members)
-    directory = RunDirectory.create(out, recipe, roster.partition(), {FEDERATION: roster.federation().encode()})
+    agreed = {CONTRACT: Contract.of(setup.method.context).encode(), FEDERATION: roster.federation().encode()}
+    directory = RunDirectory.create(out, recipe, roster.partition(), agreed)
     return Hosted(setup, directory, roster)
 
 

@@ -39,6 +39,7 @@ Payload = Annotated[bytes, Field(max_length=LIMIT)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Loss = Annotated[float, Field(ge=-MOST, le=MOST)]
 Total = Annotated[float, Field(ge=0, le=MOST)]
+Topic = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 
 
@@ -70,7 +71,8 @@ class Order(_Flat):
     Attributes
     ----------
     kind
-        *hello*: what the run is; *sketch*; *train*; *score*; *goodbye*: the run is over.
+        *hello*: what the run is; *sketch*; *train*; *talk*: an exchange beside the training; *score*; *goodbye*: the
+        run is over.
     run, number, round, client
         The run's id, the order's number (no two orders share one), the round it is given in, the member's name.
     base
@@ -83,11 +85,15 @@ class Order(_Flat):
         SHA-256 of what the member is to take in, and the bytes if it is not known to have them.
     questions
         Of a score order: of `QUESTIONS`.
+    attached
+        What a training needs beside the model.
+    topic, part
+        Of a talk: what it is about, and this member's part of it.
     recipe, clients, classes, backbone
         Of a hello: the recipe as TOML, all members in their order, the labels, SHA-256 of the backbone.
     """
 
-    kind: Literal["hello", "sketch", "train", "score", "goodbye"]
+    kind: Literal["hello", "sketch", "train", "talk", "score", "goodbye"]
     run: RunId
     number: Number
     round: Round
@@ -101,6 +107,9 @@ class Order(_Flat):
     reply: Digest | None = None
     reply_data: Payload | None = None
     questions: list[Literal[QUESTIONS]] = Field(default=[], max_length=8)  # type: ignore[valid-type]
+    attached: Payload | None = None
+    topic: Topic | None = None
+    part: Payload | None = None
     recipe: str | None = Field(None, max_length=1 << 20)
     clients: list[MemberName] | None = Field(None, max_length=100_000)
     classes: list[ClassName] | None = Field(None, min_length=1, max_length=100_000)
@@ -113,6 +122,10 @@ class Order(_Flat):
             raise ValueError(f"kind = {self.kind!r} and recipe, clients, classes, backbone; allowed: all in a hello")
         if bool(self.questions) != (self.kind == "score"):
             raise ValueError(f"kind = {self.kind!r} with {len(self.questions)} questions; allowed: in a score order")
+        if ((self.topic is None) != (self.part is None)) or (self.topic is not None) != (self.kind == "talk"):
+            raise ValueError(f"kind = {self.kind!r} and topic, part; allowed: both in a talk")
+        if self.attached is not None and self.kind != "train":
+            raise ValueError(f"kind = {self.kind!r} with attached; allowed: in a training")
         if (self.kind == "train") != (self.round > 0) and self.kind in ("train", "hello", "sketch"):
             raise ValueError(
                 f"kind = {self.kind!r} in round {self.round}; allowed: train from round 1, the others in 0"
@@ -139,7 +152,7 @@ class Answer(_Flat):
     failure
         Why, in one line, where it is not done.
     data, loss
-        Of a sketch, a training: what travels (nothing, if None), and the training loss.
+        Of a sketch, a training, a talk: what travels (nothing, if None), and the training loss.
     totals, units
         Of a score order, one a question: see `folklora.backbones.metric.Score`.
     beside, beside_of, beside_values

@@ -85,6 +85,7 @@ class RemoteEngine:
         self.checkpoints: list[Checkpoint] | None = None
         self.welcomes: dict[str, bytes] = {}
         self.replies: dict[str, bytes] = {}
+        self.attachments: dict[str, bytes] = {}
         self.told: dict[str, dict[str, bytes]] = {}  # the bytes that the last order meant
         self.afresh: set[str] = set()  # they lost their state before they ever trained, and start again
         self.waited = False
@@ -165,10 +166,25 @@ class RemoteEngine:
     def receive(self, client: str, data: bytes) -> None:
         self.replies[client] = data
 
+    def attach(self, client: str, data: bytes) -> None:
+        self.attachments[client] = data
+
+    def talk(self, round: int, topic: str, parts: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+        orders = {
+            client: self._order("talk", client, round, base=self.notes[client].version, topic=topic, part=part)
+            for client, part in parts.items()
+        }
+        for order, answer, fresh in self._ask(orders):
+            if fresh and order.kind == "talk" and answer.status == "done" and answer.data is not None:
+                yield order.client, answer.data
+            elif fresh and answer.status != "done":
+                log.warning("member %s, %s: %s", order.client, topic, answer.failure)
+
     def train(self, round: int, clients: Sequence[str]) -> Iterator[Upload]:
         orders = {}
         for client in clients:
             told = self._told(client, self.replies.pop(client, None))
+            told["attached"] = self.attachments.pop(client, None)
             orders[client] = self._order(
                 "train", client, round, base=self.notes[client].version, accepted=self.notes[client].accepted, **told
             )
@@ -280,7 +296,7 @@ class RemoteEngine:
     # -- orders --------------------------------------------------------------------------------------------------
 
     def _order(self, kind: str, client: str, round: int, **fields: Any) -> Order:
-        kept = self._kept(client) if kind in ("sketch", "train", "score") else []
+        kept = self._kept(client) if kind in ("sketch", "train", "talk", "score") else []
         order = Order.of(
             {
                 "kind": kind,
@@ -297,7 +313,7 @@ class RemoteEngine:
 
     def _remember(self, order: Order) -> Order:
         # Without what weighs: it is only to know its answer by.
-        heavy = ("welcome_data", "reply_data", "recipe", "clients", "classes")
+        heavy = ("welcome_data", "reply_data", "attached", "part", "recipe", "clients", "classes")
         self.sent[order.number] = order.model_copy(update=dict.fromkeys(heavy))
         if len(self.sent) > REMEMBERED * len(self.roster.members):
             del self.sent[next(iter(self.sent))]

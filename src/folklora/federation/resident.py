@@ -88,6 +88,7 @@ class Resident:
                 "hello": self._hello,
                 "sketch": self._sketch,
                 "train": self._train,
+                "talk": self._talk,
                 "score": self._score,
                 "goodbye": self._goodbye,
             }
@@ -179,6 +180,7 @@ class Resident:
     def _train(self, order: Order) -> Answer:
         member = self._member(order)
         self._take_in(order, member)
+        member.outlet.attached = order.attached
         jobs = member.jobs(order.round)
         log.info("%s: training on %d examples", _what(order), member.client.examples)
         setup = member.setup
@@ -191,6 +193,10 @@ class Resident:
         self._save(order, order.round, member)
         log.info("%s: loss %.4f; %d bytes sent", _what(order), results[0].loss, len(data or b""))
         return Answer.to(order, data=data, loss=results[0].loss)
+
+    def _talk(self, order: Order) -> Answer:
+        member = self._member(order)
+        return Answer.to(order, data=member.outlet.talk(order.round, order.topic or "", order.part or b""))
 
     def _score(self, order: Order) -> Answer:
         member = self._member(order)
@@ -231,7 +237,7 @@ class Resident:
                     raise Lost(f"this member's folder has no sound copy of its state of round {order.base}")
                 self.member.restore(record)
         self.version = None  # until the work is done, or the order has changed nothing
-        if order.kind == "score":
+        if order.kind in ("score", "talk"):
             self.version = order.base
         return self.member
 

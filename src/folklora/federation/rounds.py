@@ -12,8 +12,8 @@ from folklora.adapters.lowrank import Tensors
 from folklora.backbones.metric import Score
 from folklora.errors import FolkLoraError, MessageError, RunError
 from folklora.federation.codec import decode, encode
-from folklora.federation.compression import Compression
 from folklora.federation.engine import Asked, Engine
+from folklora.federation.intake import intake_of
 from folklora.federation.ledger import Ledger, round_to
 from folklora.federation.rundir import Checkpoint, RunDirectory
 from folklora.federation.scores import bounded, summarise
@@ -55,7 +55,7 @@ class Rounds:
         self.metric = setup.task.metric
         self.run = run
         self.engine = engine
-        self.compression = Compression(self.recipe.message, self.method)
+        self.intake = intake_of(setup, engine)
         self.clients = list(clients)
         self.needed = max(1, self.recipe.engine.min_clients)
         self.progress = progress
@@ -176,21 +176,23 @@ class Rounds:
         there = self._present(round, sampled, self.needed)
         failed = dict.fromkeys(set(sampled) - set(there), "not connected")
         failed |= {client: "dropped out (simulated)" for client in there if self.drops_out(round, client)}
+        failed |= self.intake.prepare(round, [client for client in there if client not in failed], ledger)
         working = [client for client in there if client not in failed]
         with ledger.timed("aggregate"):
             sent = {client: self._deliver(client, ledger, lost=client in failed) for client in there}
-        messages, losses, heard = self._train(round, working, failed, ledger)
+        uploads, losses, heard = self._train(round, working, failed, ledger)
         # In the clients' order: the checkpoint's bytes follow it.
         self.delivered |= {c: digest for c in working if c in heard and (digest := sent[c]) is not None}
         took_part = list(losses)
         self._enough(round, there, failed)
         self._take_back([client for client in working if client not in losses])
         error = None
-        if messages:
+        if uploads:
             with ledger.timed("aggregate"):
-                self.state = self.method.server(round, self.state, messages)
-            with ledger.timed("measure"):
-                error = self._aggregation_error(messages)
+                self.state = self.intake.server(round, self.state, uploads, ledger)
+            if (messages := self.intake.messages(uploads)) is not None:
+                with ledger.timed("measure"):
+                    error = self._aggregation_error(messages)
         validation = None
         if took_part and (round % self.recipe.train.evaluate_every == 0 or round == self.method.rounds()):
             validation = self._validate(took_part, ledger)
@@ -205,13 +207,13 @@ class Rounds:
 
     def _train(
         self, round: int, working: list[str], failed: dict[str, str], ledger: Ledger
-    ) -> tuple[dict[str, Message], dict[str, float], set[str]]:
+    ) -> tuple[dict[str, Any], dict[str, float], set[str]]:
         """Local training; what arrives malformed, or not at all, fails its client for this round and nobody else.
 
-        Messages and losses of those that took part, in the clients' order (uploads arrive as they are done, and nothing
+        Uploads and losses of those that took part, in the clients' order (uploads arrive as they are done, and nothing
         may depend on that), and who answered at all. The first answer of a client to this round counts.
         """
-        arrived: dict[str, Message] = {}
+        arrived: dict[str, Any] = {}
         losses: dict[str, float] = {}
         heard: set[str] = set()
         asked = frozenset(working)
@@ -231,13 +233,9 @@ class Rounds:
                         raise RunError(upload.failure)
                     if not math.isfinite(upload.loss):
                         raise RunError(f"training loss = {upload.loss}; allowed: a finite number")
-                    expected = self.method.expected(round, self.state, client)
-                    if upload.data is None and expected:
-                        raise MessageError("it sent nothing; allowed: what the method asks for")
-                    if upload.data is not None:
-                        message = self.compression.read(round, client, upload.data, expected, self._said(client))
-                        self.method.check_update(round, self.state, client, message)
-                        arrived[client] = message
+                    read = self.intake.read(round, self.state, client, upload.data, self._said(client))
+                    if read is not None:
+                        arrived[client] = read
                     losses[client] = upload.loss
                 except FolkLoraError as error:
                     failed[client] = str(error)
@@ -268,10 +266,9 @@ class Rounds:
         return None if message is None else encode(message, self.recipe.message.dtype)
 
     def _reply(self, client: str) -> bytes | None:
-        message = self.method.reply(self.state, client)
-        if message is None:
+        data = self.intake.reply(self.state, client)
+        if data is None:
             return None
-        data = encode(message, self.recipe.message.dtype)
         # Where all get the same, it is in memory once.
         if data != self.last_reply:
             self.last_reply = data

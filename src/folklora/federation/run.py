@@ -22,6 +22,7 @@ from folklora.backbones.metric import Metric, same_metric
 from folklora.data.partition import to_json
 from folklora.errors import RecipeError, RunError
 from folklora.federation.codec import encode
+from folklora.federation.contract import CONTRACT, Contract
 from folklora.federation.engine import Engine
 from folklora.federation.faults import with_faults
 from folklora.federation.folder import MemberFolder
@@ -48,7 +49,8 @@ def run(recipe: Recipe, out: str | Path, progress: Progress | None = None) -> Su
     setup = prepare(recipe)
     engine = _local(setup)
     refuse_unreachable(recipe.track)
-    directory = RunDirectory.create(out, recipe, to_json(setup.data.table, setup.data.splits))
+    agreed = {CONTRACT: Contract.of(setup.method.context).encode()}
+    directory = RunDirectory.create(out, recipe, to_json(setup.data.table, setup.data.splits), agreed)
     return play(directory, setup, engine, progress or Silent())
 
 

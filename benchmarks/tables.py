@@ -110,6 +110,34 @@ def server_embedding() -> str:
     return markdown(header, lines, left=3)
 
 
+def encrypted_bytes() -> str:
+    """A round's messages of one client, encrypted and in the clear."""
+    lines = [
+        [
+            str(r["rank"]),
+            *(human_bytes(n) for n in (r["clear"], r["up"], r["down"], r["stock"]["up"], r["stock"]["down"])),
+        ]
+        for r in load("encrypted")["messages"]
+    ]
+    return markdown(["rank", "in the clear", "up", "down", "stock up", "stock down"], lines, left=0)
+
+
+def encrypted() -> str:
+    """The server's mix of ciphertexts, by rank and number of clients."""
+    lines = [
+        [
+            str(r["rank"]),
+            f"{r['clients']:,}",
+            *(_seconds(r[f"seconds_{part}"]) for part in ("mix", "encrypt", "decrypt")),
+            human_bytes(r["peak_bytes"] - r["peak_bytes_of_inputs"]),
+            f"{r['error']:.0e}",
+        ]
+        for r in load("encrypted")["mixing"]
+    ]
+    header = ["rank", "clients", "mix", "a client encrypts", "decrypts", "memory of the mix", "largest error"]
+    return markdown(header, lines, left=0)
+
+
 def threats() -> str:
     """What the server sees with each method at its defaults: told by the methods themselves."""
     lines = [
@@ -198,6 +226,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "server": ("server", server),
     "server-similarity": ("server", server_similarity),
     "server-embedding": ("server", server_embedding),
+    "encrypted-bytes": ("encrypted", encrypted_bytes),
+    "encrypted": ("encrypted", encrypted),
     "threats": ("", threats),
 }
 """Marker -> the results it needs (or "": none), and what makes it."""

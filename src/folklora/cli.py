@@ -128,6 +128,23 @@ def report(path: RunFolder) -> None:
 
 
 @app.command()
+def audit(path: RunFolder, as_json: Json = False) -> None:
+    """What left each client of a run, what was promised, and what is not protected: a page, and the same as JSON."""
+    from folklora.report.audit import PAGE
+    from folklora.report.audit import audit as library_audit
+
+    document = library_audit(path)
+    if as_json:
+        print_json(document)
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for line in document["summary"]:
+        table.add_row(line["about"], line["says"])
+    out.print(table)
+    out.print(f"audit: {path / PAGE}", soft_wrap=True)
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method: its options")] = None,
     as_json: Json = False,
@@ -178,6 +195,96 @@ def methods(
 
 
 @app.command()
+def attack(
+    source: Annotated[
+        Path | None, typer.Argument(help="A recipe, or a run directory", metavar="RECIPE_OR_RUN", show_default=False)
+    ] = None,
+    name: Annotated[str, typer.Option("--attack", help="Which; --list names them")] = "",
+    method: Annotated[str | None, typer.Option(help="As in compare; default: the recipe's own")] = None,
+    view: Annotated[
+        str, typer.Option(help="sent: what travels; gradient: one exact step, the upper bound")
+    ] = "sent",
+    batch: Annotated[int, typer.Option(help="Examples of a batch")] = 1,
+    victims: Annotated[int, typer.Option(help="Batches")] = 4,
+    warmup: Annotated[
+        int, typer.Option(help="Rounds before the one attacked; a run stands where it is")
+    ] = 1,
+    steps: Annotated[int, typer.Option(help="Gradient steps of the victim's round")] = 1,
+    rounds: Annotated[int, typer.Option(help="Rounds that are seen, all of the same batch")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the victims and of the attack")] = 0,
+    bases: Annotated[bool, typer.Option("--bases", help="The attacker knows what the client keeps")] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="It believes that to be what public examples would make of it")
+    ] = False,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="It does not know the labels")] = False,
+    no_lengths: Annotated[bool, typer.Option("--no-lengths", help="Nor the lengths of texts")] = False,
+    budget: Annotated[int, typer.Option(help="Gradients that the attack may take, and its control as many")] = 200,
+    prior: Annotated[str, typer.Option(help="Of texts: bigrams, none, or a language model's folder")] = "bigrams",
+    canary: Annotated[bool, typer.Option("--canary", help="Hide a secret in every text, and look for it")] = False,
+    set_: Set = None,
+    as_json: Json = False,
+    to: Annotated[Path | None, typer.Option(help="Folder for the result and a gallery of pictures")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Name all attacks, and nothing else")] = False,
+) -> None:
+    """What do a method's messages leak? An attack on them, and its control on shuffled ones."""
+    if list_:
+        _list_attacks(as_json)
+        return
+    from folklora.privacy.attacks.run import attack as library_attack
+    from folklora.privacy.attacks.run import plan_of
+
+    plan = plan_of(
+        name,
+        method=method,
+        view=view,
+        batch=batch,
+        victims=victims,
+        warmup=warmup,
+        steps=steps,
+        rounds=rounds,
+        seed=seed,
+        bases=bases,
+        rehearse=rehearse,
+        labels=not no_labels,
+        lengths=not no_lengths,
+        budget=budget,
+        prior=prior,
+        canary=canary,
+    )
+    with Shown() as shown:
+        document = library_attack(source, plan, to, shown, overrides=set_ or ())
+    if as_json:
+        print_json(document)
+        return
+    table = Table(title=f"{document['title']} on {document['variant']}, {document['bytes']:,} bytes sent")
+    for column in ("metric", "attack", "control", "gain", "leakage is"):
+        table.add_column(column, justify="left" if column in {"metric", "leakage is"} else "right")
+    for metric, entry in document["metrics"].items():
+        numbers = ("" if entry[key] is None else f"{entry[key]:.3f}" for key in ("mean", "control", "gain"))
+        table.add_row(metric, *numbers, "more" if entry["higher"] else "less")
+    out.print(table)
+    if document["form"] == "text":
+        for victim in document["victims"]:
+            for key in ("original", "recovered", "control"):
+                out.print(f"{key:>9}: {' | '.join(victim.get(key, []))}", soft_wrap=True)
+
+
+def _list_attacks(as_json: bool) -> None:
+    from folklora.privacy.attacks import describe
+
+    described = describe()
+    if as_json:
+        print_json(described)
+        return
+    table = Table()
+    for column in ("name", "attack", "paper", "on"):
+        table.add_column(column)
+    for entry in described:
+        table.add_row(entry["name"], entry["title"], entry["paper"], entry["forms"])
+    out.print(table)
+
+
+@app.command()
 def inspect(recipe: RecipeFile, set_: Set = None, as_json: Json = False) -> None:
     """Clients, labels, model, adapter sizes, predicted bytes and memory; trains nothing."""
     from folklora.federation.inspect import inspect as library_inspect
@@ -199,6 +306,15 @@ def inspect(recipe: RecipeFile, set_: Set = None, as_json: Json = False) -> None
         f"{method['bytes_down_per_client_round'] / 1e3:,.1f} kB down; "
         f"once, both ways, {method['bytes_once_per_client'] / 1e3:,.1f} kB"
     )
+    if privacy := found["privacy"]:
+        noise = f"noise {privacy['noise']:.3g}, " if "noise" in privacy else ""
+        out.print(
+            f"privacy of each {privacy['unit']}: clip {privacy['clip']:g}, {noise}epsilon {privacy['epsilon']:.3g} at "
+            f"delta {privacy['delta']:g} after {method['rounds']} rounds, of which the budget affords "
+            f"{privacy['rounds']}"
+        )
+    if told := found["secure"].get("words"):
+        out.print(told)
     out.print(
         f"memory: backbone {memory['backbone'] / 1e6:,.0f} MB (stored: {memory['backbone_stored'] / 1e6:,.1f} MB), "
         f"all clients {memory['clients'] / 1e6:,.1f} MB, "
@@ -302,6 +418,17 @@ def chat(
     talk(conversation, prompt, as_json=as_json)
 
 
+@app.command()
+def keys(to: Annotated[Path, typer.Option(help="New file", show_default=False)]) -> None:
+    """Make the key of a run that encrypts what members send (secure.kind = "ckks")."""
+    from folklora.federation.keys import make_key
+
+    key = make_key(to)
+    out.print(f"key {key.id}: {to}", soft_wrap=True)
+    err.print("Hand it to every member, on a way that the server does not see, and never to the server: who has it "
+              "reads all uploads.", soft_wrap=True)  # fmt: skip
+
+
 @federation_app.command("init")
 def federation_init(
     folder: Annotated[Path, typer.Argument(help="New folder", show_default=False)],
@@ -378,6 +505,7 @@ def join(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder of the backbone; default: the embedded one")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda; default: as in the recipe")] = None,
+    key: Annotated[str | None, typer.Option(help="The members' common key, for runs that encrypt")] = None,
     once: Annotated[bool, typer.Option("--once", help="End with the first run that ends")] = False,
     insecure: Insecure = False,
 ) -> None:
@@ -395,6 +523,7 @@ def join(
             model=model,
             columns={key: name for key, _, name in (each.partition("=") for each in column or ())},
             device=device,
+            key=key,
             once=once,
             insecure=insecure,
         )

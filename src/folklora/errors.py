@@ -47,3 +47,7 @@ class RunError(FolkLoraError):
 
 class FederationError(FolkLoraError):
     """A federation's folder, keys or certificates, or the connection to it, are not what is needed."""
+
+
+class AttackError(FolkLoraError):
+    """An attack is unknown, or cannot be made on this task, method or run."""

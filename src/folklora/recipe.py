@@ -295,7 +295,13 @@ class PoisonSection(Section):
 
     kind: Literal["none", "labels", "sign", "noise", "backdoor"] = "none"
     share: float = Field(0.0, ge=0, le=1, description="of the clients")
-    scale: float = Field(1.0, gt=0, le=1e6, description="sign, noise: size of the lie beside the honest update")
+    scale: float = Field(1.0, gt=0, le=1e6, description="what a liar's update is multiplied by")
+
+    @model_validator(mode="after")
+    def _liars_tell_something(self) -> PoisonSection:
+        if self.kind == "none" and self.share:
+            raise ValueError(f'share = {self.share:g} with kind = "none"; allowed: another kind, or share = 0')
+        return self
 
 
 class FaultsSection(Section):
@@ -392,10 +398,20 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _faults_are_simulated(self) -> Recipe:
         simulated = {f"faults.{name}": share for name, share in self.faults} | {"train.failures": self.train.failures}
+        simulated["poison.share"] = self.poison.share
         if self.engine.kind != "local" and (named := [name for name, share in simulated.items() if share]):
             raise ValueError(
                 f'{named[0]} = {simulated[named[0]]} with engine.kind = "{self.engine.kind}"; '
                 'allowed: faults are simulated, with engine.kind = "local"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _liars_have_labels(self) -> Recipe:
+        if self.poison.kind in ("labels", "backdoor") and self.form not in ("text", "image"):
+            raise ValueError(
+                f'poison.kind = "{self.poison.kind}" where examples are learned without labels; '
+                'allowed: "sign" or "noise"'
             )
         return self
 

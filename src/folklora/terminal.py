@@ -71,6 +71,8 @@ class Shown:
             parts.append(f"loss {metrics['train_loss']:.3f}")
         if metrics["validation"]:
             parts.append(f"validation {_score(metrics['validation'])}")
+        if privacy := metrics.get("privacy"):
+            parts.append(f"epsilon {privacy['epsilon']:.3g} (delta {privacy['delta']:g})")
         parts.append(f"{(metrics['bytes_up'] + metrics['bytes_down']) / 1000:,.1f} kB moved")
         if metrics["failed"]:
             parts.append(f"failed: {', '.join(metrics['failed'])}")

@@ -156,7 +156,8 @@ class InMemory:
             if client in self.away:
                 continue
             self.orders.append(order)
-            self.down[client] += len(order.welcome_data or b"") + len(order.reply_data or b"")
+            for data in (order.welcome_data, order.reply_data, order.attached, order.part):
+                self.down[client] += len(data or b"")
             answer = self.resident(client).answer(copy.deepcopy(order.record()))
             self.up[client] += len(answer.get("data") or b"")
             for record in self.tamper(order, copy.deepcopy(answer)):

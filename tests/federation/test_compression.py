@@ -258,7 +258,7 @@ def test_an_upload_that_did_not_count_leaves_the_memory_as_it_was(harm: str, tin
     assert not first
     assert second
     assert same({"": second}, {"": third})
-    assert not same({"": third}, {"": played.engine.members["1"].uplink.memory})
+    assert not same({"": third}, {"": played.engine.members["1"].outlet.uplink.memory})
     for other in ("0", "2", "3"):
         assert not same({"": played.engine.history[1][other]}, {"": played.engine.history[2][other]})
     assert [list(line["failed"]) for line in played.lines] == [[], [], ["1"], []]

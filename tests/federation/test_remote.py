@@ -48,6 +48,7 @@ RECIPES: dict[str, list[str]] = {
     "a head that each client chooses": ["method.name=celora", "method.head_start=auto", "train.participation=0.5"],
     "scaffold": ["method.name=fedit", "method.scaffold=true", "train.optimizer=sgd", *HALF],
     "moments are kept": ["method.name=fedit", "train.optimizer_state=kept", "message.dtype=float16"],
+    **{f"{name}, masked": [f"method.name={name}", "secure.kind=masks", *HALF] for name in ("fedit", "folklora")},
     "promotion": ["method.name=replication", "adapter.promote=6", "train.rounds=3"],
     "less is better": ["method.name=fedit", "train.patience=1", "train.rounds=3"],
     "the best round": ["method.name=fedit", "train.patience=1", "train.rounds=4", "train.lr=0.5"],

@@ -29,6 +29,7 @@ HARD = ("train.rounds=4", "train.participation=0.5", "train.failures=0.3", "trai
 CASES: dict[str, tuple[str, ...]] = {
     "celora": ("adapter.dropout=0.1", "adapter.rank=[2, 4, 3, 4]"),
     "fedit": ("adapter.norm=true", "message.dtype=float16"),
+    "fedsa": ("privacy.unit=example", "privacy.noise=0.7", "adapter.dropout=0.1"),
     "folklora": ("train.schedule=cosine", "train.warmup=0.2", "message.top_k=0.2", "message.error_feedback=true"),
     "rolora": ("train.patience=2", "train.optimizer=sgd", "train.momentum=0.9"),
     "ditto": ("method.fedopt=yogi", "method.proximal=0.1"),

@@ -117,7 +117,7 @@ class Masks:
         batch = place.task.backbone.batch(groups, layout)
         slots = [Slot(job, TrainSection(), SEED) for job in place.jobs((1,) * len(groups), (2,) * len(groups))]
         bank = Bank({}, {}, batch.token_offsets, batch.token_clients())
-        self.make = _Dropout(probability, batch, slots, bank)
+        self.make = _Dropout(probability, batch, [slot.dropout for slot in slots], bank)
         self.batch = batch
 
     def draw(self, width: int) -> tuple[list[Tensor], Tensor]:

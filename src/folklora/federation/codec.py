@@ -68,6 +68,9 @@ LIMIT = 1 << 30
 MOST_EXAMPLES = 2**40
 """Far above any client's: sums of such numbers still fit. It does not keep a liar from outweighing all others."""
 
+SEALED = "sealed"
+"""The kind of tensors that hold ciphertexts, four bytes in each number."""
+
 _PLAIN = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16, 4: torch.int32, 5: torch.int64}
 _CODES = {dtype: code for code, dtype in _PLAIN.items()}
 _INT8, _LEVELS, _SPARSE, _SLICES = 3, 6, 7, 8
@@ -208,7 +211,7 @@ def decode(data: bytes, limit: int = LIMIT, shapes: Shapes | None = None) -> Mes
 
 
 def check(message: Message, shapes: Shapes, numbers: Iterable[str] = ()) -> None:
-    """Refuse a message that does not carry exactly the agreed floating tensors and numbers.
+    """Refuse a message that does not carry exactly the agreed tensors and numbers.
 
     Raises
     ------
@@ -219,9 +222,9 @@ def check(message: Message, shapes: Shapes, numbers: Iterable[str] = ()) -> None
     _same_names("number", message.numbers, dict.fromkeys(numbers))
     for name, shape in shapes.items():
         _refuse_other_shape(name, tuple(message.tensors[name].shape), shape)
-        wanted = torch.int32 if kind(name) == "index" else torch.float32
-        if message.tensors[name].dtype != wanted:
-            allowed = "int32" if kind(name) == "index" else "floating point"
+        whole = kind(name) in {"index", SEALED}
+        if message.tensors[name].dtype != (torch.int32 if whole else torch.float32):
+            allowed = "int32" if whole else "floating point"
             raise MessageError(f"tensor {name!r} is {message.tensors[name].dtype}; allowed: {allowed}")
     if not 0 < message.numbers.get("examples", 1) <= MOST_EXAMPLES:
         raise MessageError(f"examples = {message.numbers['examples']}; allowed: above 0, at most {MOST_EXAMPLES}")

@@ -65,6 +65,13 @@ class Compression:
         tensors = {name: message.tensors[name] for name in names if name in message.tensors}
         return decode(encode(Message(tensors, {}, message.encodings), self.down)).tensors
 
+    def told(self, said: Iterable[Message | None], names: Iterable[str]) -> Tensors:
+        """Some tensors of what a client was sent, its welcome and then its last reply, as it read them."""
+        told: Tensors = {}
+        for download in said:
+            told |= self.heard(download, names)
+        return told
+
     # -- at the server -----------------------------------------------------------------------------------------------
 
     def read(self, round: int, client: str, data: bytes, expected: Shapes, said: Iterable[Message | None]) -> Message:
@@ -87,10 +94,7 @@ class Compression:
         check(message, expected, numbers)
         if not self.differences:
             return message
-        told: Tensors = {}
-        for download in said:
-            told |= self.heard(download, expected)
-        reference = self.reference(round, client, told, message)
+        reference = self.reference(round, client, self.told(said, expected), message)
         if message.numbers[REFERENCE] != checksum(reference):
             raise MessageError("the upload is relative to something else than what the client was last sent")
         return Message(restored(message.tensors, reference), {"examples": message.numbers["examples"]})
@@ -107,24 +111,35 @@ class Compression:
 
 
 class Uplink:
-    """A client's end: what it was told, and what its uploads have lost so far."""
+    """A client's end: what it was told, and what its uploads have lost so far.
+
+    Attributes
+    ----------
+    listens
+        Whether what it was told is kept: compression wants it, and so do others that need the `update` of an upload.
+    """
 
     def __init__(self, compression: Compression, client: str) -> None:
         self.compression = compression
         self.client = client
+        self.listens = compression.differences
         self.welcome: Tensors = {}
         self.reply: Tensors = {}
         self.memory: Tensors = {}
         self.pending: Tensors = {}
 
     def settled(self, message: Message) -> None:
-        if self.compression.differences:  # copies: a method may keep what arrived, and a record refuses shared memory
+        if self.listens:  # copies: a method may keep what arrived, and a record refuses shared memory
             self.welcome = {name: tensor.clone() for name, tensor in message.tensors.items()}
 
     def received(self, message: Message) -> None:
         """Not part of the record: whoever trains after the first round has received just before."""
-        if self.compression.differences:
+        if self.listens:
             self.reply = message.tensors
+
+    def reference(self, round: int, message: Message) -> Tensors:
+        """What both sides know of an upload; see `Compression.reference`."""
+        return self.compression.reference(round, self.client, {**self.welcome, **self.reply}, message)
 
     def encode(self, round: int, message: Message) -> bytes:
         """An upload as bytes; the memory stays as it is until the upload is `accepted`.
@@ -137,7 +152,7 @@ class Uplink:
         compression = self.compression
         if not compression.differences:
             return encode(message, compression.up)
-        reference = compression.reference(round, self.client, {**self.welcome, **self.reply}, message)
+        reference = self.reference(round, message)
         meant = dict(message.tensors)
         for name in self._remembered(message, reference):
             meant[name] = meant[name] + self.memory[name]

@@ -3,8 +3,10 @@
 ::
 
     brief.json       what the run is: recipe, members, labels; the member's own data and backbone
-    secret           the seed of the noise that protects this member's messages (0600)
+    secret           the seed of the noise and the keys that protect this member's messages (0600)
+    key              a copy of the members' common key, where uploads are encrypted (0600)
     state.json       the commit point: each version with its file and SHA-256, and what the member's model is now
+    noted.json       what was told once and must never be told otherwise (secure aggregation); no step back undoes it
     versions/        the private tensors as some round left them, safetensors
     parts/           the welcome and the replies that the server may name again, by their SHA-256
 
@@ -28,7 +30,9 @@ from torch import Tensor
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import RunError
 from folklora.federation.files import held, reported, write_whole
+from folklora.federation.keys import read_key, write_key
 from folklora.federation.orders import Digest, MemberName
+from folklora.privacy.ckks import Key
 
 
 class _File(BaseModel):
@@ -65,6 +69,12 @@ class Kept(_File):
     sha256: Digest
 
 
+class Notes(_File):
+    """What was said once: key -> a digest of what."""
+
+    noted: dict[str, str] = {}
+
+
 class State(_File):
     """Attributes
     ----------
@@ -94,12 +104,18 @@ class MemberFolder:
         """None if this folder knows of no run."""
         return self._read("brief.json", Brief)
 
-    def begin(self, brief: Brief) -> None:
+    def begin(self, brief: Brief, key: Key | None = None) -> None:
         with reported(self.path):
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not (self.path / "secret").exists():
-                write_whole(self.path / "secret", str(secrets.randbits(63)).encode(), mode=0o600)
+                write_whole(self.path / "secret", str(secrets.randbits(256)).encode(), mode=0o600)
+            if key is not None:
+                write_key(self.path / "key", key)
             write_whole(self.path / "brief.json", brief.model_dump_json().encode())
+
+    def key(self) -> Key | None:
+        """The members' common key; None where the run does not encrypt."""
+        return read_key(self.path / "key") if (self.path / "key").exists() else None
 
     def secret(self) -> int:
         """Drawn once, from the system; the same in every round, so that repeated noise does not average out."""
@@ -109,6 +125,15 @@ class MemberFolder:
             raise RunError(
                 f"{self.path / 'secret'}: missing or damaged; allowed: the file that this run began with"
             ) from None
+
+    def setdefault(self, key: str, value: str, /) -> str:
+        """Note a value if there is none under this key, on the disk before it is returned; what is noted."""
+        with reported(self.path):
+            notes = self._read("noted.json", Notes) or Notes()
+            if key not in notes.noted:
+                notes = Notes(noted={**notes.noted, key: value})
+                write_whole(self.path / "noted.json", notes.model_dump_json().encode())
+        return notes.noted[key]
 
     # -- versions ------------------------------------------------------------------------------------------------
 

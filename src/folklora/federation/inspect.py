@@ -8,7 +8,9 @@ import torch
 
 from folklora.adapters.lowrank import kind
 from folklora.data.partition import histogram
-from folklora.federation.setup import prepare
+from folklora.federation.budget import Budget
+from folklora.federation.secrecy import parties, secrecy
+from folklora.federation.setup import Setup, prepare
 from folklora.federation.traffic import forecast
 from folklora.recipe import Recipe
 from folklora.training.cohort import CohortTrainer, Job
@@ -20,7 +22,8 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
     Memory is what the process needs beyond Python and its libraries: the backbone in each precision, all clients' own
     tensors, and for the clients in training their gradients, two moments and a margin for activations of one step.
     Traffic is that of a run in which every client takes part in every round (`folklora.federation.traffic.forecast`).
-    ``backbone_stored`` is what a device would keep of the backbone: few bits where ``model.bits`` says so.
+    ``backbone_stored`` is what a device would keep of the backbone: few bits where ``model.bits`` says so. ``privacy``
+    is what differential privacy will have cost after all rounds, and how many of them its budget affords.
     """
     setup = prepare(recipe)
     backbone, method, splits = setup.task.backbone, setup.method, setup.data.splits
@@ -43,7 +46,8 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
     slots = CohortTrainer(setup.task, method.adapter, recipe.train, recipe.seed).slots_for(jobs)
     client_bytes = 4 * sum(numbers.values())
     counts = {client: torch.from_numpy(histogram(setup.data.table, split.train)) for client, split in splits.items()}
-    traffic = forecast(method, counts, recipe.message)
+    masked = parties(recipe, len(splits)) if recipe.secure.kind == "masks" else 0
+    traffic = forecast(method, counts, recipe.message, masked=masked, sealed=recipe.secure.kind == "ckks")
     copies = 4 + (2 if backbone.dtype.itemsize == 2 else 0)
     tokens = recipe.train.tokens if recipe.train.cohort == "auto" else slots * recipe.train.batch_size * 32
     return {
@@ -63,6 +67,8 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
             "bytes_down_per_client_round": traffic.down,
             "bytes_once_per_client": traffic.once,
         },
+        "privacy": _privacy(setup),
+        "secure": secrecy(recipe, len(splits)),
         "memory": {
             "backbone": backbone.parameters * copies,
             "backbone_stored": backbone.stored,
@@ -74,6 +80,14 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
         "test_examples": len(setup.test_encoded),
         "clients": clients,
     }
+
+
+def _privacy(setup: Setup) -> dict[str, Any] | None:
+    """Noise, and epsilon after all rounds if everybody answers; None without differential privacy."""
+    if setup.recipe.privacy.unit == "none":
+        return None
+    budget = Budget(setup.recipe, setup.method, setup.sizes)
+    return {**budget.account(budget.planned(setup.method.rounds())), "rounds": budget.affordable()}
 
 
 def _job(encoded: list[Any], client: str, indices: Any) -> Job:

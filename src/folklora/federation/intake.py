@@ -22,12 +22,28 @@ from folklora.federation.codec import encode
 from folklora.federation.compression import Compression
 from folklora.federation.engine import Engine
 from folklora.federation.ledger import Ledger
+from folklora.federation.sampling import simulated_secret
 from folklora.federation.setup import Setup
 from folklora.methods.base import Message, State
 
 
 class Intake:
-    """Uploads in the clear; see the module's text."""
+    """Uploads in the clear; see the module's text.
+
+    Attributes
+    ----------
+    least, needs
+        Of fewer uploads nothing can be made: such a round is not committed, and the run stops. The key that says so.
+    alone
+        Whether `server` is asked even if nothing arrived.
+    reads
+        Whether the state holds models that this server can read.
+    """
+
+    least: int = 0
+    needs: str = "engine.min_clients"
+    alone: bool = False
+    reads: bool = True
 
     def __init__(self, setup: Setup, engine: Engine) -> None:
         self.recipe = setup.recipe
@@ -68,6 +84,29 @@ class Intake:
         return uploads
 
 
-def intake_of(setup: Setup, engine: Engine) -> Intake:
-    """The recipe's."""
+def intake_of(setup: Setup, engine: Engine, secret: int | None = None) -> Intake:
+    """The recipe's.
+
+    Parameters
+    ----------
+    secret
+        The server's own; by default that of a simulation.
+    """
+    # They are built on this file.
+    from folklora.federation.encrypted import EncryptedIntake
+    from folklora.federation.masked import MaskedIntake
+    from folklora.federation.protection import EqualIntake, NoisyIntake
+    from folklora.federation.robustness import RobustIntake
+
+    recipe = setup.recipe
+    if recipe.secure.kind == "masks":
+        return MaskedIntake(setup, engine)
+    if recipe.secure.kind == "ckks":
+        return EncryptedIntake(setup, engine)
+    if recipe.robust.rule != "mean":
+        return RobustIntake(setup, engine)
+    if recipe.privacy.unit == "client" and recipe.privacy.placement == "server":
+        return NoisyIntake(setup, engine, simulated_secret(recipe) if secret is None else secret)
+    if recipe.privacy.unit == "client":
+        return EqualIntake(setup, engine)
     return Intake(setup, engine)

@@ -18,6 +18,7 @@ from folklora.federation.member import Member, SplitName
 from folklora.federation.scores import common_score, written_for
 from folklora.federation.setup import Setup
 from folklora.methods.aggregation import aggregation_error
+from folklora.privacy.ckks import Key
 from folklora.training.cohort import CohortTrainer, Fitted
 from folklora.training.evaluation import evaluate
 
@@ -32,7 +33,9 @@ class LocalEngine:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.members = {client: Member(setup, client) for client in setup.data.splits}
+        seed, sealed = setup.recipe.seed, setup.recipe.secure.kind == "ckks"
+        key = Key.of_simulation(seed) if sealed else None
+        self.members = {client: Member(setup, client, key=key) for client in setup.data.splits}
         self.trainer = CohortTrainer(setup.task, setup.method.adapter, setup.recipe.train, setup.recipe.seed)
 
     def present(self, round: int, clients: Sequence[str], least: int) -> Sequence[str]:

@@ -16,11 +16,14 @@ from folklora.federation.codec import check, encode
 from folklora.federation.outlet import outlet_of
 from folklora.federation.setup import Setup
 from folklora.methods.base import Client, Message, Method
-from folklora.methods.work import Trained
+from folklora.methods.work import Trained, Work
+from folklora.privacy.ckks import Key
+from folklora.privacy.example import noise
 from folklora.randomness import derive, numpy_generator
 from folklora.training.cohort import Fitted, Job
 from folklora.training.gradients import weight_gradients
 from folklora.training.prediction import Question
+from folklora.training.private import Private, secret_seed, simulated_seed
 
 SplitName = Literal["train", "validation", "test"]
 
@@ -37,26 +40,33 @@ class MemberData:
         indices: np.ndarray = getattr(self.split, split)
         return indices
 
+    def training(self, rows: np.ndarray) -> tuple[list[Any], np.ndarray]:
+        """Examples to be trained on, and their labels."""
+        return self.setup.examples(rows)
+
+    def labels(self, split: SplitName) -> np.ndarray:
+        return self.setup.data.table.labels[self.indices(split)]
+
     def features(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
-        indices = self.indices(split)
-        labels = torch.from_numpy(self.setup.data.table.labels[indices])
-        return self.setup.frozen_features()[torch.from_numpy(indices)], labels
+        labels = torch.from_numpy(self.labels(split))
+        return self.setup.frozen_features()[torch.from_numpy(self.indices(split))], labels
 
     def weight_gradients(self, head: Tensors, examples: int) -> Tensors:
         # Indices are in the table's order, and a table may be sorted by label.
         shuffled = numpy_generator(self.setup.recipe.seed, "gradient", self.client).permutation(self.split.train)
-        chosen, labels = self.setup.examples(shuffled[:examples])
+        chosen, labels = self.training(shuffled[:examples])
         return weight_gradients(self.setup.task, chosen, labels, head)
 
 
 class Member:
     """A client with its private state; everything it tells others is an encoded message."""
 
-    def __init__(self, setup: Setup, client: str, secret: int | None = None) -> None:
+    def __init__(self, setup: Setup, client: str, secret: int | None = None, key: Key | None = None) -> None:
         self.setup = setup
         self.method = setup.method
         self.data = MemberData(setup, client)
         self.moments: dict[str, Tensors] = {}  # of each branch of training
+        self.simulated = secret is None  # what follows from the recipe's seed is no secret
         self.client = Client(
             id=client,
             rank=setup.ranks[client],
@@ -65,7 +75,7 @@ class Member:
             data=self.data,
             secret=derive(setup.recipe.seed, "secret", client) if secret is None else secret,
         )
-        self.outlet = outlet_of(setup.recipe, self.method, self.client)
+        self.outlet = outlet_of(setup.recipe, self.method, self.client, key)
         self.most = _largest_download(self.method, self.client)
 
     # -- messages ------------------------------------------------------------------------------------------------
@@ -130,7 +140,7 @@ class Member:
 
     def jobs(self, round: int) -> list[Job]:
         """This round's trainings; none if the method trains nothing."""
-        examples, labels = self.setup.examples(self.data.split.train)
+        examples, labels = self.data.training(self.data.split.train)
         return [
             Job(
                 self.client.id,
@@ -143,10 +153,21 @@ class Member:
                 self.moments.get(work.branch, {}),
                 work.terms,
                 work.branch,
+                self._private(round, work),
             )
             for work in self.method.work(round, self.client)
             if work.trained
         ]
+
+    def _private(self, round: int, work: Work) -> Private | None:
+        recipe, client = self.setup.recipe, self.client
+        if recipe.privacy.unit != "example":
+            return None
+        if self.simulated:
+            seed = simulated_seed(client.secret, client.id, round, work)
+        else:
+            seed = secret_seed(client.secret, client.id, round, work, self.moments.get(work.branch, {}), recipe)
+        return Private(recipe.privacy.clip, noise(recipe, self.method, client.examples), seed)
 
     def preview(self, data: bytes | None) -> Client:
         """This client as it would be after receiving ``data``; what it has stays as it is."""
@@ -178,7 +199,7 @@ class Member:
         return Question(self.client.id, self.method.adapter.rank(model), model, examples)
 
     def labels(self, split: SplitName) -> np.ndarray:
-        return self.setup.data.table.labels[self.data.indices(split)]
+        return self.data.labels(split)
 
     def inputs(self, split: SplitName) -> list[Any]:
         """The examples of a split as the source has them."""

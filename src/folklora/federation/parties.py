@@ -19,6 +19,9 @@ from folklora.data.partition import Split, split
 from folklora.data.sources import agreed_classes, load, load_test
 from folklora.data.table import Table
 from folklora.errors import BackboneError, DataError, RecipeError
+from folklora.federation.guarantees import refuse_unsound
+from folklora.federation.sealing import refuse_unmixable
+from folklora.federation.secrecy import refuse_unmaskable
 from folklora.federation.setup import (
     FederatedData,
     Setup,
@@ -30,6 +33,8 @@ from folklora.federation.setup import (
     validate,
 )
 from folklora.methods import build
+from folklora.privacy import example
+from folklora.privacy.ckks import Key
 from folklora.recipe import EMBEDDED_NAMES, Recipe, TrackSection
 from folklora.training.prediction import features
 
@@ -53,6 +58,8 @@ class Own:
         A backbone's folder; default: the embedded one.
     device
         Where to compute, as ``model.device``; default: as the recipe has it.
+    key
+        The members' common key, for runs that encrypt; who has one takes part in no other.
     """
 
     data: str | None = None
@@ -62,6 +69,7 @@ class Own:
     model: str | None = None
     columns: tuple[tuple[str, str], ...] = ()
     device: str | None = None
+    key: Key | None = None
 
 
 def server_setup(recipe: Recipe, clients: Sequence[str]) -> Setup:
@@ -142,6 +150,10 @@ def _setup(
 ) -> Setup:
     task = task_of(recipe, table.classes)
     method = build(recipe.method.name, recipe.method.options, context(recipe, task, ranks))
+    example.refuse(recipe, method)
+    refuse_unsound(recipe, method)
+    refuse_unmaskable(recipe, method)
+    refuse_unmixable(recipe, method)
     encoded, test_encoded = task.encode(table.inputs), task.encode(test.inputs) if test else []
     frozen = cache(lambda: torch.from_numpy(features(task, encoded)))
     return Setup(recipe, FederatedData(table, splits, test), task, method, encoded, test_encoded, frozen)

@@ -122,9 +122,10 @@ class Resident:
             backbone=digest,
         )
         folder = self._folder(order.run)
+        self._refuse_key(recipe, folder)
         known = folder.brief()
         if known is None:
-            folder.begin(brief)
+            folder.begin(brief, self.own.key)
         # A version of this program before or after this one may write the same recipe with other defaults spelt out.
         elif (
             Recipe.from_toml(known.recipe) != recipe
@@ -138,6 +139,18 @@ class Resident:
         log.info("run %s: method %s, %d members; own examples: %d to train on, %d to validate, %d to test",
                  order.run[:8], recipe.method.name, len(clients), *sizes)  # fmt: skip
         return Answer.to(order, examples=sizes, backbone=digest)
+
+    def _refuse_key(self, recipe: Recipe, folder: MemberFolder) -> None:
+        """A member encrypts, or exchanges the keys of its masks, under the key that it was given, or not at all."""
+        encrypts, given, kept = recipe.secure.kind == "ckks", self.own.key, folder.key()
+        if given is not None and recipe.secure.kind == "none":
+            raise Refused("this member has a key (--key), and the run does not encrypt what it sends")
+        if given is not None and kept is None and folder.brief() is not None:
+            raise Refused("this run began without the key that this member has now (--key)")
+        if encrypts and given is None and kept is None:
+            raise Refused('secure.kind = "ckks" and no key here; allowed: --key FILE, as `folklora keys` wrote it')
+        if given is not None and kept is not None and given.id != kept.id:
+            raise Refused(f"this run began with the key {kept.id}, not with {given.id}")
 
     def _goodbye(self, order: Order) -> Answer:
         log.info("run %s is over", order.run[:8])
@@ -155,7 +168,9 @@ class Resident:
         brief = self._folder(order.run).brief()
         if brief is None:
             raise Lost("this member's folder knows of no such run")
-        setup = member_setup(Recipe.from_toml(brief.recipe), self.client, brief.clients, brief.classes, self.own)
+        recipe = Recipe.from_toml(brief.recipe)
+        self._refuse_key(recipe, self._folder(order.run))
+        setup = member_setup(recipe, self.client, brief.clients, brief.classes, self.own)
         if fingerprint(setup.data.table) != brief.fingerprint:
             raise Refused("this member's data is not what the run began with")
         if setup.task.backbone.digest != brief.backbone:
@@ -192,7 +207,9 @@ class Resident:
         data = member.finish(order.round, results)
         self._save(order, order.round, member)
         log.info("%s: loss %.4f; %d bytes sent", _what(order), results[0].loss, len(data or b""))
-        return Answer.to(order, data=data, loss=results[0].loss)
+        # What examples are protected from is not told in this way either.
+        loss = 0.0 if setup.recipe.privacy.unit == "example" else results[0].loss
+        return Answer.to(order, data=data, loss=loss)
 
     def _talk(self, order: Order) -> Answer:
         member = self._member(order)
@@ -230,7 +247,8 @@ class Resident:
         """This member as the version that the order starts from left it."""
         setup, folder = self._known(order), self._folder(order.run)
         if self.member is None or self.version != order.base:
-            self.member, self.version = Member(setup, self.client, self._secret(folder)), None
+            self.member, self.version = Member(setup, self.client, self._secret(folder), folder.key()), None
+            self.member.outlet.noted = folder
             if order.base >= 0:
                 record = folder.load(order.base)
                 if record is None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from folklora.adapters.lowrank import Tensors
 from folklora.backbones.metric import Score
 from folklora.errors import FolkLoraError, MessageError, RunError
+from folklora.federation.budget import AWAY, Budget
 from folklora.federation.codec import decode, encode
 from folklora.federation.engine import Asked, Engine
 from folklora.federation.intake import intake_of
 from folklora.federation.ledger import Ledger, round_to
 from folklora.federation.rundir import Checkpoint, RunDirectory
+from folklora.federation.sampling import sampled, simulated_secret
 from folklora.federation.scores import bounded, summarise
 from folklora.federation.setup import Setup
 from folklora.federation.summary import Final, summary
@@ -48,16 +50,29 @@ class Rounds:
     """Runs a method over an engine, committing every round to the run directory; starts where the directory stands."""
 
     def __init__(
-        self, setup: Setup, run: RunDirectory, engine: Engine, clients: Sequence[str], progress: Progress
+        self,
+        setup: Setup,
+        run: RunDirectory,
+        engine: Engine,
+        clients: Sequence[str],
+        progress: Progress,
+        examples: Callable[[str], dict[str, int]] | None = None,
     ) -> None:
         self.recipe = setup.recipe
         self.method = setup.method
         self.metric = setup.task.metric
         self.run = run
         self.engine = engine
-        self.intake = intake_of(setup, engine)
+        private, of_clients = self.recipe.privacy.unit != "none", self.recipe.privacy.unit == "client"
+        real = of_clients and self.recipe.engine.kind != "local"
+        self.secret = run.secret() if real else simulated_secret(self.recipe)
+        self.intake = intake_of(setup, engine, self.secret)
+        self.budget = Budget(self.recipe, self.method, examples or setup.sizes) if private else None
+        self.history: list[Mapping[str, Any]] = []  # all committed lines
+        self.halted: str | None = None  # why no more rounds are played, in words
         self.clients = list(clients)
-        self.needed = max(1, self.recipe.engine.min_clients)
+        self.least = max(self.recipe.engine.min_clients, self.intake.least)
+        self.needed = max(1, self.least)
         self.progress = progress
         self.state: State = {}
         self.delivered: dict[str, str] = {}  # client -> which reply it has
@@ -78,14 +93,24 @@ class Rounds:
             self.round(self.checkpoint.round + 1)
         return self.finish()
 
+    def affordable(self, round: int, sampled: Sequence[str], failed: Mapping[str, str]) -> bool:
+        """Whether the privacy budget has room for a round of these clients; where not, the run halts here."""
+        if self.budget is not None:
+            taking_part = [client for client in sampled if client not in failed]
+            next = {"round": round, "participants": taking_part, "failed": failed}
+            self.halted = self.budget.refusal(self.history, next)
+        return self.halted is None
+
     def stopped(self) -> bool:
-        """Early stopping: the last `patience` validations brought nothing better."""
+        """Early stopping: the last `patience` validations brought nothing better; or the privacy budget is spent."""
+        if self.halted is not None:
+            return True
         patience = self.recipe.train.patience
         return patience is not None and self.checkpoint is not None and self.checkpoint.stale >= patience
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Be where a checkpoint was."""
-        self.run.metrics()  # a damaged history is found now rather than after the last round
+        self.history = list(self.run.metrics())  # a damaged one is found now rather than after the last round
         records = {client: self.run.tensors(checkpoint, name) for client, name in checkpoint.clients.items()}
         self.state = self.run.tensors(checkpoint, checkpoint.server)
         self.delivered = dict(checkpoint.delivered)
@@ -106,6 +131,8 @@ class Rounds:
         RunError
             If those are too few, however long the engine waited.
         """
+        if not clients:
+            return []  # chance may draw nobody
         there = set(self.engine.present(round, clients, least))
         found = [client for client in clients if client in there]
         if len(found) < self.needed:
@@ -114,7 +141,7 @@ class Rounds:
 
     def _too_few(self, round: int, found: str) -> NoReturn:
         kept = f"the run stands as round {self._committed()} left it" if self.checkpoint else "nothing is committed yet"
-        raise RunError(f"round {round}: {found}, {self.needed} needed (engine.min_clients); {kept}; it can be resumed")
+        raise RunError(f"round {round}: {found}, {self.needed} needed ({self.intake.needs}); {kept}; it can be resumed")
 
     # -- once, before the first round ----------------------------------------------------------------------------
 
@@ -123,7 +150,7 @@ class Rounds:
         sketches: dict[str, Message] = {}
         there = self._present(0, self.clients, len(self.clients))
         silent = set(there)
-        failed = dict.fromkeys(set(self.clients) - silent, "not connected")
+        failed = dict.fromkeys(set(self.clients) - silent, AWAY)
         self.progress.phase("sketch", len(there))
         with ledger.timed("sketch"):
             for client, data in self.engine.sketches(there):
@@ -159,11 +186,8 @@ class Rounds:
     # -- one round -----------------------------------------------------------------------------------------------
 
     def sampled(self, round: int) -> list[str]:
-        """The round's clients: the smallest of N numbers derived from (seed, client, round); no order enters."""
-        count = self.recipe.train.sampled(len(self.clients))
-        seed = self.recipe.seed
-        chosen = set(sorted(self.clients, key=lambda client: derive(seed, "sample", client, round))[:count])
-        return [client for client in self.clients if client in chosen]
+        """The round's clients; see `folklora.federation.sampling`."""
+        return sampled(self.recipe, self.clients, round, self.secret)
 
     def drops_out(self, round: int, client: str) -> bool:
         """Simulated failure: the client trains and is gone before it answers."""
@@ -173,10 +197,13 @@ class Rounds:
         assert self.checkpoint is not None
         ledger = Ledger()
         sampled = self.sampled(round)
+        if not self.affordable(round, sampled, {}):
+            return
         there = self._present(round, sampled, self.needed)
-        failed = dict.fromkeys(set(sampled) - set(there), "not connected")
+        failed = dict.fromkeys(set(sampled) - set(there), AWAY)
+        failed |= self.intake.prepare(round, there, ledger)
+        # They are gone when it is their turn to answer, whatever they said before.
         failed |= {client: "dropped out (simulated)" for client in there if self.drops_out(round, client)}
-        failed |= self.intake.prepare(round, [client for client in there if client not in failed], ledger)
         working = [client for client in there if client not in failed]
         with ledger.timed("aggregate"):
             sent = {client: self._deliver(client, ledger, lost=client in failed) for client in there}
@@ -185,9 +212,12 @@ class Rounds:
         self.delivered |= {c: digest for c in working if c in heard and (digest := sent[c]) is not None}
         took_part = list(losses)
         self._enough(round, there, failed)
+        if not self.affordable(round, sampled, failed):  # noise is missing where clients are
+            self._take_back(working)
+            return
         self._take_back([client for client in working if client not in losses])
         error = None
-        if uploads:
+        if uploads or self.intake.alone:
             with ledger.timed("aggregate"):
                 self.state = self.intake.server(round, self.state, uploads, ledger)
             if (messages := self.intake.messages(uploads)) is not None:
@@ -199,8 +229,12 @@ class Rounds:
         if validation is not None:
             merits = {client: self.metric.merit(value) for client, value in validation["clients"].items()}
             self.state = self.method.validated(round, self.state, merits)
-        loss = sum(losses.values()) / len(losses) if losses else None
+        # Training losses are exact, and not covered by what protects examples.
+        told = self.recipe.privacy.unit != "example"
+        loss = sum(losses.values()) / len(losses) if losses and told else None
         line = ledger.line(self.clients, round, sampled, failed, loss, validation, error)
+        if self.budget is not None:
+            line["privacy"] = self.budget.spent([*self.history, line])
         # Whoever failed is as it was; but the engine may have something to note of it.
         self.commit(round, working, line, validation)
         self.progress.line(line)
@@ -248,9 +282,9 @@ class Rounds:
         )
 
     def _enough(self, round: int, there: Sequence[str], failed: Mapping[str, str]) -> None:
-        """Raises RunError if fewer took part than ``engine.min_clients``."""
+        """Raises RunError if fewer took part than ``engine.min_clients``, or than the server can do anything with."""
         missing = [client for client in there if client in failed]
-        if len(there) - len(missing) < self.recipe.engine.min_clients:
+        if len(there) - len(missing) < self.least:
             reasons = f"client {missing[0]!r}: {failed[missing[0]]}" if missing else "no more are sampled"
             self._too_few(round, f"{len(there) - len(missing)} of {len(there)} clients took part ({reasons})")
 
@@ -345,9 +379,14 @@ class Rounds:
             best_round=best,
             stale=stale,
         )
+        self.history.append(line)
         self.writing = time.perf_counter() - started
 
     # -- at the end ----------------------------------------------------------------------------------------------
+
+    def replies(self, clients: Sequence[str]) -> dict[str, bytes | None]:
+        """What the server has for each of them at the end."""
+        return {client: self._reply(client) if self._committed() else None for client in clients}
 
     def finish(self) -> dict[str, Any]:
         """The final delivery, the one reading of the test data, and the summary."""
@@ -358,7 +397,7 @@ class Rounds:
         there = self._present(self._committed() + 1, self.clients, len(self.clients))
         self.progress.phase("test", 1)
         with ledger.timed("evaluate"):
-            replies = {client: self._reply(client) if self._committed() else None for client in there}
+            replies = self.replies(there)
             questions: list[Asked] = [("test", {}), ("validation", {})]
             if any(reply is not None for reply in replies.values()):
                 questions += [("test", replies), ("validation", replies)]
@@ -373,10 +412,17 @@ class Rounds:
             final = Final(self.metric, tuned, tuned_validation, received, received_validation, self._global_score())
             self.progress.advance()
         written = summary(self.recipe, self.clients, self._committed(), self.run.metrics(), final, ledger)
-        return {**written, "stopped_early": stopped_early}
+        if self.budget is not None:
+            written["privacy"] = self.budget.account(self.history)
+        return {**written, "stopped_early": stopped_early, **({"stopped": self.halted} if self.halted else {})}
 
     def _global_score(self) -> Score | None:
-        """Of the global model, as a client that never trained would have it: no one's private tensors are asked for."""
+        """Of the global model, as a client that never trained would have it: no one's private tensors are asked for.
+
+        None also where the server cannot read it.
+        """
+        if not self.intake.reads:
+            return None
         client, welcome = self.clients[0], self._welcome(self.clients[0])
         fresh = {**self.method.initial(client), **(decode(welcome).tensors if welcome is not None else {})}
         model = self.method.global_model(self.state, client, fresh)

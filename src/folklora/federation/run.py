@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from folklora.adapters.lowrank import Tensors
 from folklora.backbones.metric import Metric, same_metric
 from folklora.data.partition import to_json
 from folklora.errors import RecipeError, RunError
-from folklora.federation.codec import encode
 from folklora.federation.contract import CONTRACT, Contract
 from folklora.federation.engine import Engine
 from folklora.federation.faults import with_faults
 from folklora.federation.folder import MemberFolder
+from folklora.federation.intake import intake_of
 from folklora.federation.local import LocalEngine
+from folklora.federation.poison import aftermath, with_liars
 from folklora.federation.rounds import Progress, Rounds, Silent
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import Setup, federated_data, prepare, validate
@@ -47,11 +49,11 @@ def run(recipe: Recipe, out: str | Path, progress: Progress | None = None) -> Su
     """
     _refuse_network(recipe)
     setup = prepare(recipe)
-    engine = _local(setup)
+    engine = with_liars(LocalEngine(setup))
     refuse_unreachable(recipe.track)
     agreed = {CONTRACT: Contract.of(setup.method.context).encode()}
     directory = RunDirectory.create(out, recipe, to_json(setup.data.table, setup.data.splits), agreed)
-    return play(directory, setup, engine, progress or Silent())
+    return _play(directory, engine, progress)
 
 
 def resume(path: str | Path, progress: Progress | None = None, *, previous: bool = False) -> Summary:
@@ -69,11 +71,14 @@ def resume(path: str | Path, progress: Progress | None = None, *, previous: bool
         return read_summary(directory)
     _refuse_network(directory.recipe)
     setup = _prepared(directory)
-    return play(directory, setup, _local(setup), progress or Silent())
+    return _play(directory, with_liars(LocalEngine(setup)), progress)
 
 
-def _local(setup: Setup) -> Engine:
-    return with_faults(LocalEngine(setup), setup.recipe)
+def _play(directory: RunDirectory, engine: LocalEngine, progress: Progress | None) -> Summary:
+    """Play a run in this process, with whatever its recipe simulates."""
+    recipe = engine.setup.recipe
+    harm = partial(aftermath, engine) if recipe.poison.kind != "none" else None
+    return play(directory, engine.setup, with_faults(engine, recipe), progress or Silent(), harm=harm)
 
 
 def _refuse_network(recipe: Recipe) -> None:
@@ -102,18 +107,24 @@ def play(
     engine: Engine,
     progress: Progress,
     examples: Callable[[str], dict[str, int]] | None = None,
+    harm: Callable[[Mapping[str, bytes | None], Summary], dict[str, Any]] | None = None,
 ) -> Summary:
     """Play a run to its end with an engine, from where its directory stands.
 
-    ``examples`` tells how many a client has in each split, where the setup's own splits do not.
+    Parameters
+    ----------
+    examples
+        How many a client has in each split, where the setup's own splits do not tell.
+    harm
+        What simulated liars achieved, by the server's last replies and the clients' results.
     """
     with directory.locked(), track(setup.recipe, directory.path, progress) as told:
-        rounds = Rounds(setup, directory, engine, list(setup.data.splits), told)
+        rounds = Rounds(setup, directory, engine, list(setup.data.splits), told, examples)
         summary = rounds.play()
         for client, result in summary["clients"].items():
-            split = setup.data.splits[client]
-            own = {part: len(getattr(split, part)) for part in ("train", "validation", "test")}
-            result["examples"] = own if examples is None else examples(client)
+            result["examples"] = (examples or setup.sizes)(client)
+        if harm is not None:
+            summary["poison"] = harm(rounds.replies(rounds.clients), summary["clients"])
         summary["environment"] = environment(setup)
         insight = setup.method.insight(rounds.state)
         if insight:
@@ -271,9 +282,9 @@ def client_model(path: str | Path, client: str, *, tuned: bool = False) -> Clien
     member = engine.members[client]
     member.restore(directory.tensors(checkpoint, checkpoint.clients[client]))
     if not tuned and checkpoint.round:
-        message = setup.method.reply(directory.tensors(checkpoint, checkpoint.server), client)
-        if message is not None:
-            member.receive(encode(message, setup.recipe.message.dtype))
+        reply = intake_of(setup, engine).reply(directory.tensors(checkpoint, checkpoint.server), client)
+        if reply is not None:
+            member.receive(reply)
     tensors = setup.method.model(member.client)
     return ClientModel(setup, client, setup.method.adapter.rank(tensors), tensors)
 

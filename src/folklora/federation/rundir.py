@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -210,6 +211,23 @@ class RunDirectory:
         path = self.path / name
         with _reported(path):
             write_whole(path, data, durable=durable)
+
+    def secret(self) -> int:
+        """The server's, drawn once from the system; only the server may know it (0600).
+
+        Raises
+        ------
+        RunError
+            If a run that has begun lost it.
+        """
+        path = self.path / "secret"
+        if not path.exists() and self.checkpoint() is None:
+            with _reported(path):
+                write_whole(path, str(secrets.randbits(63)).encode(), mode=0o600)
+        try:
+            return int(path.read_bytes())
+        except (OSError, ValueError):
+            raise RunError(f"{path}: missing or damaged; allowed: the file that this run began with") from None
 
     def _sweep(self) -> None:
         """Remove files that no kept checkpoint names."""

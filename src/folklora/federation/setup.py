@@ -21,8 +21,13 @@ from folklora.backbones.task import Task
 from folklora.data.partition import Split, partition
 from folklora.data.sources import Table, load
 from folklora.errors import RecipeError
+from folklora.federation.budget import Budget
+from folklora.federation.guarantees import refuse_unsound
+from folklora.federation.sealing import refuse_unmixable
+from folklora.federation.secrecy import refuse_unmaskable
 from folklora.methods import build, check_options
 from folklora.methods.base import Context, Method
+from folklora.privacy import example
 from folklora.randomness import derive
 from folklora.recipe import EMBEDDED_NAMES, AdapterSection, DataSection, Form, ModelSection, Recipe
 from folklora.training.generation import refuse_speechless
@@ -62,6 +67,11 @@ class Setup:
     def ranks(self) -> Mapping[str, int]:
         return self.method.context.ranks
 
+    def sizes(self, client: str) -> dict[str, int]:
+        """How many examples a client has in each split."""
+        split = self.data.splits[client]
+        return {part: len(getattr(split, part)) for part in ("train", "validation", "test")}
+
     def examples(self, indices: np.ndarray) -> tuple[list[Any], np.ndarray]:
         return [self.encoded[i] for i in indices], self.data.table.labels[indices]
 
@@ -91,8 +101,14 @@ def prepare(recipe: Recipe) -> Setup:
     task = task_of(recipe, data.table.classes)
     method = build(recipe.method.name, recipe.method.options, context(recipe, task, ranks))
     key = (recipe.model, _key(recipe.adapter), recipe.data, recipe.seed, recipe.form)
+    example.refuse(recipe, method)
+    refuse_unsound(recipe, method)
+    refuse_unmaskable(recipe, method)
+    refuse_unmixable(recipe, method)
     encoded, test_encoded = _encode(*key)
-    return Setup(recipe, data, task, method, encoded, test_encoded, partial(_compute_features, *key))
+    setup = Setup(recipe, data, task, method, encoded, test_encoded, partial(_compute_features, *key))
+    Budget(recipe, method, setup.sizes).refuse_if_empty()
+    return setup
 
 
 def context(recipe: Recipe, task: Task, ranks: Mapping[str, int]) -> Context:

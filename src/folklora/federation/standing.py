@@ -22,7 +22,7 @@ def own_model(folder: MemberFolder, brief: Brief, *, tuned: bool = False) -> tup
     setup = rowless_setup(Recipe.from_toml(brief.recipe), brief.clients, brief.classes, brief.model)
     if setup.task.backbone.digest != brief.backbone:
         raise RunError(f"{brief.model}: not the backbone that this run was trained with")
-    member = Member(setup, brief.client)
+    member = Member(setup, brief.client, key=folder.key())
     state = folder.state()
     record = folder.tensors(state.model)
     if record is None:

@@ -49,6 +49,7 @@ class _Told:
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one round that a curve can be drawn of."""
     found = {name: metrics[name] for name in ("train_loss", "bytes_up", "bytes_down", "aggregation_error")}
+    found["epsilon"] = metrics.get("privacy", {}).get("epsilon")
     validation = metrics["validation"] or {}
     for name in ("mean", "std", "worst_tenth", "weighted"):
         found[f"validation/{name}"] = validation.get(name)

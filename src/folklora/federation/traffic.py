@@ -12,8 +12,11 @@ from torch import Tensor
 from folklora.adapters.lowrank import Site, kind
 from folklora.federation.codec import encode
 from folklora.federation.compression import Compression
+from folklora.federation.sealing import ASKED, Sealing
+from folklora.federation.secrecy import exchange_bytes, masked_bytes
 from folklora.methods import METHODS, build
 from folklora.methods.base import Context, Message, Method
+from folklora.privacy.ckks import ID
 from folklora.recipe import MessageSection
 
 
@@ -48,7 +51,9 @@ class Forecast:
     once: float
 
 
-def forecast(method: Method, counts: Mapping[str, Tensor], section: MessageSection) -> Forecast:
+def forecast(
+    method: Method, counts: Mapping[str, Tensor], section: MessageSection, *, masked: int = 0, sealed: bool = False
+) -> Forecast:
     """A run's traffic if every client takes part in every round, stays, and keeps its rank.
 
     Where fewer are sampled, a client's turn costs more: it catches up with what it missed before it trains.
@@ -57,9 +62,15 @@ def forecast(method: Method, counts: Mapping[str, Tensor], section: MessageSecti
     ----------
     counts
         Each client's training examples of each class, [classes].
+    masked
+        How many clients mask their uploads together in a round; 0: nobody does.
+    sealed
+        Whether uploads and replies are encrypted (``secure.kind = "ckks"``).
     """
     compression = Compression(section, method)
     rounds = method.rounds()
+    beside_up, beside_down = exchange_bytes(masked) if masked and rounds else (0, 0)
+    wire = Sealing(method) if sealed else compression
     up = down = once = 0.0
     known: dict[Any, tuple[int, int, int]] = {}
     for client, count in counts.items():
@@ -67,8 +78,8 @@ def forecast(method: Method, counts: Mapping[str, Tensor], section: MessageSecti
         alike = (method.context.ranks[client], *(tuple(method.expected(r, {}, client).items()) for r in (1, 2)))
         if alike not in known:
             ups, downs = _two_rounds(method, client)
-            sizes_up = [compression.bytes_up(message) if message else 0 for message in ups]
-            sizes_down = [compression.bytes_down(message) if message else 0 for message in downs]
+            sizes_up = [_bytes_up(message, wire, masked) if message else 0 for message in ups]
+            sizes_down = [wire.bytes_down(message) if message else 0 for message in downs]
             # Factors that alternate go up by turns; replies stay what they are once all factors are known.
             known[alike] = (
                 sum(size * times for size, times in zip(sizes_up, (rounds - rounds // 2, rounds // 2), strict=False)),
@@ -78,8 +89,16 @@ def forecast(method: Method, counts: Mapping[str, Tensor], section: MessageSecti
         whole_up, whole_down, welcome = known[alike]
         up, down = up + whole_up, down + whole_down
         once += welcome + _weight(method.typical_sketch(client, count), section)
+        if sealed and rounds:  # which key it has
+            up, down = up + ID, down + len(ASKED)
     turns = max(1, rounds) * len(counts)
-    return Forecast(up / turns, down / turns, once / len(counts))
+    return Forecast(up / turns + beside_up, down / turns + beside_down, once / len(counts))
+
+
+def _bytes_up(message: Message, wire: Compression | Sealing, masked: int) -> int:
+    if masked:
+        return masked_bytes(sum(tensor.numel() for tensor in message.tensors.values()))
+    return wire.bytes_up(message)
 
 
 def _weight(message: Message | None, section: MessageSection) -> int:

@@ -27,7 +27,7 @@ between two messages loses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
@@ -138,6 +138,7 @@ class Method:
     needs_head: ClassVar[bool] = False  # whether it has nothing to do where the task has no head of its own
     has_global_model: ClassVar[bool] = False
     takes_means: ClassVar[bool] = True  # whether its server step takes nothing of the uploads but their mean
+    branches: ClassVar[int] = 1  # at most so many trainings of a client in a round
     trains: ClassVar[frozenset[str]] = frozenset({"A", "B", "C", "head", "norm"})
     travels: ClassVar[frozenset[str]] = frozenset()
     combines: ClassVar[frozenset[str]] = frozenset()  # which options of `folklora.methods.EXTENSIONS`
@@ -368,6 +369,38 @@ class Method:
         """[K, K]: the weight of client j's update in what client i was meant to get; None where nothing is mixed."""
         return self.weights(messages).expand(len(messages), -1) if self.travels else None
 
+    @property
+    def must_read(self) -> tuple[str, str] | None:
+        """What makes its server read uploads, and what is allowed instead; None: `blind_mixing` says all it does."""
+        if self.options.scaffold:
+            return "method.scaffold = true", "scaffold = false"
+        if self.options.fedopt != "none":
+            return f'method.fedopt = "{self.options.fedopt}"', 'fedopt = "none"'
+        plain = type(self).server is Method.server and type(self).reply is Method.reply
+        if self.averages and plain:
+            return None
+        others = "a method that averages, such as 'fedit', or mixes cores, such as 'folklora'"
+        return f'method.name = "{self.name}"', others
+
+    def blind_mixing(self, state: State, clients: Sequence[str], weights: Tensor) -> Tensor:
+        """Who gets how much of whom, where the server cannot read what it mixes (`must_read` is None).
+
+        It is about the tensors that `travels` names; a shared head follows ``weights``.
+
+        Parameters
+        ----------
+        clients
+            Those who took part.
+        weights
+            [K]: by examples.
+
+        Returns
+        -------
+        Tensor
+            [K]: one mix for all, those who were away too; [K, K]: rows of those who took part, the others keep theirs.
+        """
+        return weights
+
     def reply(self, state: State, client: str) -> Message | None:
         """What the server has for a client now, or nothing."""
         common = {name.removeprefix("global/"): t for name, t in state.items() if name.startswith("global/")}
@@ -413,6 +446,19 @@ class Method:
     def once(self) -> str | None:
         """What clients send once, in words."""
         return "class statistics" if self.options.start != "zero" else None
+
+    # -- what differential privacy of training must know ---------------------------------------------------------
+
+    @property
+    def beside_training(self) -> tuple[str, str] | None:
+        """What it makes of training examples in the clear beside local training, and what is allowed in its place."""
+        start = self.options.start
+        return None if start == "zero" else (f'head_start = "{start}"', 'head_start = "zero", head = "private"')
+
+    @property
+    def private_release(self) -> tuple[float, float] | None:
+        """(epsilon, delta) of what a client releases once with noise of its own; None: nothing."""
+        return None
 
     # -- what can be shown ---------------------------------------------------------------------------------------
 

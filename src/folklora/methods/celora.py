@@ -26,7 +26,7 @@ differentially private sketch, and mixtures read off the class statistics (``com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -159,6 +159,27 @@ class CELoRA(Method):
     @property
     def once(self) -> str | None:
         return super().once or ("class mixtures" if self.options.uses_data else None)
+
+    @property
+    def beside_training(self) -> tuple[str, str] | None:
+        options, released = self.options, self.options.dp_epsilon is not None
+        if options.start == "auto" or (options.start == "sketched" and not released):
+            return (
+                f'head_start = "{options.start}"',
+                'head = "private" with head_start = "zero", or head_start = "sketched" with dp_epsilon, components = 0',
+            )
+        if options.uses_data and not released:
+            return (
+                f'similarity = "{options.similarity}"',
+                'similarity = "model", "uniform", "size", or dp_epsilon with components = 0',
+            )
+        return None
+
+    @property
+    def private_release(self) -> tuple[float, float] | None:
+        if self.options.dp_epsilon is None or not self.options.sends_statistics:
+            return None
+        return self.options.dp_epsilon, self.options.dp_delta
 
     def sketch_numbers(self) -> int:
         each = self.options.components * (2 * self.context.width + 1) + 2
@@ -389,6 +410,27 @@ class CELoRA(Method):
         if len(messages) > WHOLE:
             return None
         return self._weights(messages, self._mixing(state, messages, self._scaled_cores(messages)))
+
+    @property
+    def must_read(self) -> tuple[str, str] | None:
+        options, found = self.options, super().must_read
+        if options.scaffold or options.fedopt != "none":
+            return found
+        if len(set(self.context.ranks.values())) > 1:
+            return f"adapter.rank = {sorted(set(self.context.ranks.values()))}", "one rank for all"
+        if options.basis == "aligned":
+            return 'method.basis = "aligned"', 'basis = "private" or "frozen"'
+        if options.similarity == "model" or (options.similarity == "both" and options.lambda_ < 1):
+            return f'method.similarity = "{options.similarity}"', 'similarity = "data", "uniform" or "size"'
+        return None
+
+    def blind_mixing(self, state: State, clients: Sequence[str], weights: Tensor) -> Tensor:
+        unread = dict.fromkeys(clients, Message())
+        if self.options.common_core:
+            return weights if self.options.similarity == "size" else self._shares(unread)
+        dtype = torch.float64 if len(clients) <= WHOLE else torch.float32
+        mixing = self._mixing(state, unread, torch.empty(len(clients), len(self.context.sites), 0, 0, dtype=dtype))
+        return self._weights(unread, mixing)
 
     def reply(self, state: State, client: str) -> Message | None:
         tensors = {name.removeprefix("global/"): t for name, t in state.items() if name.startswith("global/")}

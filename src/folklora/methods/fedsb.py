@@ -82,6 +82,10 @@ class FedSB(Method):
     def once(self) -> str | None:
         return " and ".join(filter(None, ("weight gradients", super().once)))
 
+    @property
+    def beside_training(self) -> tuple[str, str] | None:
+        return "bases of weight gradients", "a method whose bases need no data, such as 'loraxs' or 'ffa'"
+
     def sketch(self, client: Client) -> Message:
         """``gradient/<site>`` [d_out, d_in], ``count/gradient`` [1], and class statistics if the head wants them."""
         most = self.options.gradient_examples

@@ -19,6 +19,8 @@ _PREFIX = "personal/"
 class Personal(FedIT):
     """Where personal tensors are kept; subclasses say how they train, in the branch `BRANCH`, and what predicts."""
 
+    branches = 2
+
     def own(self, client: Client) -> Tensors:
         """The client's personal tensors; where it has none yet, those of the common model."""
         kept = {n.removeprefix(_PREFIX): t for n, t in client.notes.items() if n.startswith(_PREFIX)}

@@ -164,6 +164,12 @@ class Ravan(Method):
             chosen[site] = shuffled[best[:budget]].sort().values
         return chosen
 
+    @property
+    def beside_training(self) -> tuple[str, str] | None:
+        if self.options.score == "gradient" and any(budget < self.heads for budget in self.budgets.values()):
+            return 'score = "gradient"', 'score = "weight" or "random"'
+        return super().beside_training
+
     def _scores(self, client: Client) -> dict[str, Tensor]:
         """Site -> [h] float64."""
         sites = self.context.sites

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from folklora.backbones.metric import ACCURACY, Metric
+from folklora.report.figures_privacy import epsilon
 from folklora.report.heatmaps import partition, similarity, sizes
 from folklora.report.reading import Run
 from folklora.report.style import (
@@ -256,6 +257,12 @@ RUN_PICTURES = (
         "How alike the method holds the clients to be, the diagonal left out; in the weights, line i shows what "
         "client i's reply is mixed from.",
         similarity,
+    ),
+    Picture(
+        "privacy",
+        "What differential privacy of training has cost by the end of each round, for the one that it cost most; the "
+        "smaller epsilon, the less can be told of a single one.",
+        epsilon,
     ),
     Picture(
         "seconds",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from folklora.backbones.metric import ACCURACY, KNOWN, Metric, metric_of
+from folklora.report.audit import try_audit
 from folklora.report.figures import RUN_PICTURES
 from folklora.report.figures_compare import compare_pictures
 from folklora.report.reading import Comparison, Run, read_comparison, read_run
@@ -29,7 +30,7 @@ MOST_LINES = 500  # lines of a table; a federation may have a million clients
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` and ``figures/*.png`` of a run, finished or not; returns the path of the page.
+    """Write ``report.html``, the audit and ``figures/*.png`` of a run, finished or not; returns the path of the page.
 
     Raises
     ------
@@ -51,7 +52,9 @@ def write_report(run_dir: str | Path) -> Path:
     if run.stopped_early:
         done, planned = run.rounds[-1].round, run.section("train").get("rounds")
         notices.append(
-            f"Stopped early: {done} of {planned} rounds; what follows is the model of round "
+            f"Stopped early: {done} of {planned} rounds, because {run.stopped}."
+            if run.stopped
+            else f"Stopped early: {done} of {planned} rounds; what follows is the model of round "
             f"{(run.row or {}).get('rounds', done)}, the best on validation."
         )
     drops = [(line.round, client, reason) for line in run.lines for client, reason in line.failed.items()]
@@ -66,6 +69,9 @@ def write_report(run_dir: str | Path) -> Path:
                 folded=True,
             )
         )
+    audited, pictures, unaudited = try_audit(run.path)
+    if audited is None:
+        notices.append(f"There is no privacy audit of this run: {unaudited}")
     page = Page(
         kind="FolkLoRA run" if finished else "FolkLoRA run, not finished",
         title=f"{run.method} on {_source(run)}",
@@ -75,8 +81,9 @@ def write_report(run_dir: str | Path) -> Path:
         notices=notices,
         cards=_run_cards(run),
         tables=tables,
-        images=images,
+        images=[*images, *pictures],
         texts=[Preformatted("Recipe", run.recipe_text), *_environments([run])],
+        audit=audited,
     )
     return write_page(run.path / "report.html", page)
 

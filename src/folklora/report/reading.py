@@ -62,8 +62,8 @@ class Run:
         The compare row and each client's test results; None and empty until the run is finished.
     insights
         Name -> [clients, clients] matrix, those of `INSIGHTS` that the method left.
-    stopped_early
-        Whether early stopping ended the run before its last round.
+    stopped_early, stopped
+        Whether the run ended before its last round; and why, where it was not for want of improvement.
     environment
         What it was computed with: versions, device, compute type.
     """
@@ -80,6 +80,7 @@ class Run:
     results: dict[str, ClientResult]
     insights: dict[str, np.ndarray]
     stopped_early: bool
+    stopped: str | None
     environment: dict[str, Any]
 
     @property
@@ -209,6 +210,7 @@ def read_run(path: str | Path) -> Run:
         results=_results(summary, path / "summary.json") if summary else {},
         insights=_insights(path / "insight.safetensors", len(partition.clients)),
         stopped_early=summary.stopped_early if summary else False,
+        stopped=summary.stopped if summary else None,
         environment=summary.environment if summary else {},
     )
 

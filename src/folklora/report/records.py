@@ -6,7 +6,7 @@ Keys that a report does not need are passed over; whatever else is not as descri
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,6 +36,17 @@ class Validation(Record):
     beside: dict[str, float] = {}
 
 
+class Spent(Record):
+    """What differential privacy of training has cost by the end of a round: ``epsilon`` of the client with the most,
+    and of each client where each has its own."""
+
+    unit: Literal["client", "example"]
+    epsilon: float | None = None
+    delta: float | None = None
+    noise: float | None = None
+    clients: dict[str, float] = {}
+
+
 class Round(Record):
     """A line of ``metrics.jsonl``; round 0 holds the traffic before the first round."""
 
@@ -49,6 +60,7 @@ class Round(Record):
     bytes_up_clients: dict[str, int] = {}
     bytes_down_clients: dict[str, int] = {}
     aggregation_error: float | None = None
+    privacy: Spent | None = None
     seconds: dict[str, float] = {}
 
 
@@ -87,6 +99,7 @@ class Summary(Record):
     row: RowRecord
     clients: dict[str, ClientRecord] = {}
     stopped_early: bool = False
+    stopped: str | None = None
     environment: dict[str, Any] = {}
 
 

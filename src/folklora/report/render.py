@@ -5,17 +5,18 @@ from __future__ import annotations
 import base64
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jinja2
 from matplotlib.figure import Figure
 
 from folklora.errors import RunError
 from folklora.report.style import DPI, ThemeName, png
+from folklora.report.tables import human_bytes
 
 PIXELS_PER_INCH = 122  # on the page: a picture of the usual width fills the column
 
@@ -65,7 +66,8 @@ class Preformatted:
 
 @dataclass(frozen=True)
 class Page:
-    """All that the template shows."""
+    """All that the template shows; ``audit`` is the document of `folklora.report.audit`, of which the page tells what
+    matters most."""
 
     kind: str
     title: str
@@ -77,6 +79,7 @@ class Page:
     tables: Sequence[Sheet] = ()
     images: Sequence[Image] = ()
     texts: Sequence[Preformatted] = ()
+    audit: Mapping[str, Any] | None = None
 
 
 Subject = TypeVar("Subject", contravariant=True)
@@ -118,13 +121,26 @@ def draw(subject: Subject, folder: Path, pictures: Iterable[Drawable[Subject]]) 
 
 
 def write_page(path: Path, page: Page) -> Path:
-    """Fill the template, every text escaped, and put the file in its place; returns its path."""
+    """Put a page's file in its place; returns its path."""
+    return fill(path, "page.html.j2", page=page)
+
+
+def fill(path: Path, template: str, **shown: Any) -> Path:
+    """Fill a template of this package, every text escaped, and put the file in its place; returns its path."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = resources.files("folklora.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    replace_file(path, environment.from_string(template).render(page=page).encode())
+    environment.filters["bytes"] = human_bytes
+    replace_file(path, environment.get_template(template).render(**shown).encode())
     return path
+
+
+def _template(name: str) -> str:
+    return resources.files("folklora.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def replace_file(path: Path, data: bytes) -> None:

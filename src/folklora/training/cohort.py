@@ -23,10 +23,13 @@ from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.backbones.batch import Batch
 from folklora.backbones.task import Example, Task
 from folklora.methods.work import Terms
+from folklora.privacy.example import sampling
 from folklora.randomness import numpy_generator, torch_generator
 from folklora.recipe import TrainSection
 from folklora.training.optimizer import build, clip_rows, schedule
 from folklora.training.prefetch import Prefetch
+from folklora.training.private import NUMBERS, Part, Private, add_clipped, lay_out_apart
+from folklora.training.rows import Rows
 from folklora.training.stacks import from_stack, plug, stack, to_stack
 from folklora.training.terms import TermRows
 
@@ -50,6 +53,8 @@ class Job:
         What bends its gradient steps.
     branch
         Tells several jobs of one client in one round apart; they see the same minibatches in the same order.
+    private
+        What makes it DP-SGD; see `folklora.training.private`.
     """
 
     client: str
@@ -62,6 +67,7 @@ class Job:
     moments: Tensors = field(default_factory=dict)
     terms: Terms = field(default_factory=Terms)
     branch: str = ""
+    private: Private | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,14 @@ class Slot:
 
     def __init__(self, job: Job, train: TrainSection, seed: int) -> None:
         self.job = job
-        order = numpy_generator(seed, "order", job.client, job.round)
         n = len(job.examples)
-        epochs = [order.permutation(n) for _ in range(train.local_epochs)]
-        self.batches = [epoch[i : i + train.batch_size] for epoch in epochs for i in range(0, n, train.batch_size)]
+        if job.private is None:
+            order = numpy_generator(seed, "order", job.client, job.round)
+            epochs = [order.permutation(n) for _ in range(train.local_epochs)]
+            self.batches = [epoch[i : i + train.batch_size] for epoch in epochs for i in range(0, n, train.batch_size)]
+        else:
+            self.batches = job.private.samples(n, train)
+            self.noise = job.private.generator("noise")
         self.dropout = torch_generator(seed, "dropout", job.client, job.round)
         self.done = 0
         self.loss = 0.0
@@ -102,28 +112,6 @@ class Slot:
         per_round = len(self.batches)
         step = (self.job.round - 1) * per_round + self.done
         return train.lr * self.job.terms.rate * schedule(train, step, max(1, train.rounds) * per_round)
-
-
-class Rows:
-    """The trained numbers of K slots as one [K, P] matrix, with a named leaf tensor [K, ...] into each column range.
-
-    The leaves' gradients are views of one [K, P] matrix too: clipping and the optimiser are then a few whole-matrix
-    operations, however many tensors a method trains.
-    """
-
-    def __init__(self, values: Tensor, shapes: dict[str, torch.Size], grads: Tensor | None = None) -> None:
-        self.values = values
-        self.grads = torch.zeros_like(values) if grads is None else grads
-        self.leaves: Tensors = {}
-        self.columns: dict[str, slice] = {}
-        start = 0
-        for name, shape in shapes.items():
-            stop = start + shape.numel()
-            self.columns[name] = slice(start, stop)
-            leaf = values[:, start:stop].view(-1, *shape).requires_grad_()
-            leaf.grad = self.grads[:, start:stop].view(-1, *shape)
-            self.leaves[name] = leaf
-            start = stop
 
 
 class CohortTrainer:
@@ -154,11 +142,12 @@ class CohortTrainer:
     def fit(self, jobs: Sequence[Job]) -> Iterator[Fitted]:
         """Train all jobs; each is given back as soon as it is done, in no particular order.
 
-        All jobs must train the same kinds of tensors; their ranks, sizes and values may differ.
+        All jobs must train the same kinds of tensors, all privately or none; their ranks, sizes and values may differ.
         """
         if not jobs:
             return
         assert all(job.trained == jobs[0].trained for job in jobs), "all jobs must train the same tensors"
+        assert len({job.private is None for job in jobs}) == 1, "all jobs must be private, or none"
         # Long jobs first: the last slots to close are then short ones, and few steps run with a cohort half empty.
         waiting = sorted(jobs, key=lambda job: -len(job.examples))
         rank = max(job.rank for job in jobs)
@@ -196,6 +185,7 @@ class _Cohort:
         self.optimizer = build(trainer.train, len(jobs), widths, self.device)
         self.scales = torch.tensor([trainer.adapter.scale(job.rank) for job in jobs], device=self.device)
         self.terms = TermRows(terms, len(jobs), sum(widths), self.device)
+        self.private = jobs[0].private is not None
         for k, job in enumerate(jobs):
             self.terms.seat(k, job.terms, self._fill)
             self._restore_moments(k, job)
@@ -211,8 +201,10 @@ class _Cohort:
         rates = [slot.learning_rate(train) for slot in self.slots]
         values, grads = self.rows.values, self.rows.grads
         with torch.no_grad():
+            if self.private:
+                self._disturb(grads)
             self.terms.before_clipping(values, grads)
-            if train.clip is not None:
+            if train.clip is not None and not self.private:
                 clip_rows(grads, train.clip)
             self.terms.before_moving(values, grads)
             self.optimizer.step(values, grads, torch.tensor(rates, device=self.device))
@@ -224,6 +216,10 @@ class _Cohort:
             slot.seen += len(picks)
 
     def _lay_out(self, chosen: Sequence[np.ndarray], *, mixed: bool = True) -> Any:
+        if self.private:
+            owned = [(slot.job.examples, slot.job.labels) for slot in self.slots]
+            most = max(1, NUMBERS // sum(t[0].numel() for t in (*self.frozen.values(), *self.rows.leaves.values())))
+            return lay_out_apart(self.trainer.task, owned, chosen, most, self.trainer.train.packed, mixed=mixed)
         groups = [[slot.job.examples[i] for i in picks] for slot, picks in zip(self.slots, chosen, strict=True)]
         return self.trainer.task.lay_out(groups, self.trainer.train.packed, mixed=mixed)
 
@@ -242,20 +238,60 @@ class _Cohort:
         return self._backward(chosen, self._lay_out(chosen, mixed=False))
 
     def _backward(self, chosen: Sequence[np.ndarray], layout: Any) -> Tensor:
-        task, adapter = self.trainer.task, self.trainer.adapter
+        if self.private:
+            return self._backward_apart(layout)
         labels = torch.from_numpy(np.concatenate([s.job.labels[p] for s, p in zip(self.slots, chosen, strict=True)]))
         stacks = {**self.frozen, **self.rows.leaves}
-
-        def plugged(batch: Batch) -> Bank:
-            bank = plug(adapter, stacks, self.scales, batch, self.device)
-            if adapter.dropout:
-                bank.dropout = _Dropout(adapter.dropout, batch, self.slots, bank)
-            return bank
-
-        losses = task.losses(layout, labels, stacks, plugged)
+        losses = self._losses(layout, labels, stacks, self.scales, [slot.dropout for slot in self.slots])
         self.rows.grads.zero_()
         losses.sum().backward()
         return losses.detach()
+
+    def _backward_apart(self, parts: Sequence[Part]) -> Tensor:
+        """As `_backward`, for sums of gradients that are clipped one by one."""
+        self.rows.grads.zero_()
+        losses: list[list[float]] = [[] for _ in self.slots]
+        privacy, masked = self._privacy(), bool(self.trainer.adapter.dropout)
+        for part in parts:
+            owners = part.owners.to(self.device)
+            rows = Rows(self.rows.values.detach()[owners], self.shapes)
+            stacks = {**{name: tensor[owners] for name, tensor in self.frozen.items()}, **rows.leaves}
+            places = zip(part.owners.tolist(), part.picks, strict=True)
+            # Masks come from nothing but the example and the step, whichever part it is in.
+            dropout = [privacy[k].generator(f"dropout/{self.slots[k].done}/{pick}") for k, pick in places if masked]
+            found = self._losses(part.layout, part.labels, stacks, self.scales[owners], dropout)
+            found.sum().backward()
+            if self.terms.masks is not None:
+                rows.grads.mul_(self.terms.masks[owners])
+            add_clipped(self.rows.grads, rows.grads, part, [private.clip for private in privacy])
+            for k, loss in zip(part.owners.tolist(), found.tolist(), strict=True):
+                losses[k].append(loss)
+        return torch.tensor([sum(own) / max(1, len(own)) for own in losses])
+
+    def _losses(
+        self, layout: Any, labels: Tensor, stacks: Tensors, scales: Tensor, dropout: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Of each client of a layout; ``dropout`` is where the masks of each come from."""
+        task, adapter = self.trainer.task, self.trainer.adapter
+
+        def plugged(batch: Batch) -> Bank:
+            bank = plug(adapter, stacks, scales, batch, self.device)
+            if adapter.dropout:
+                bank.dropout = _Dropout(adapter.dropout, batch, dropout, bank)
+            return bank
+
+        return task.losses(layout, labels, stacks, plugged)
+
+    def _disturb(self, sums: Tensor) -> None:
+        """From sums of clipped gradients to what takes the gradient's place."""
+        for k, (slot, private) in enumerate(zip(self.slots, self._privacy(), strict=True)):
+            job, noise = slot.job, torch.zeros(sums.shape[1])
+            self._fill(noise, private.draw({name: job.tensors[name].shape for name in self.trained}, slot.noise))
+            n = len(job.examples)
+            sums[k].add_(noise.to(sums.device)).div_(n * sampling(n, self.trainer.train))
+
+    def _privacy(self) -> list[Private]:
+        return [slot.job.private for slot in self.slots if slot.job.private is not None]
 
     def take(self, k: int) -> Fitted:
         """The client in slot k, as it is now."""
@@ -276,7 +312,7 @@ class _Cohort:
         return Fitted(
             job.client,
             tensors,
-            slot.loss / slot.seen,
+            slot.loss / max(1, slot.seen),
             slot.done,
             moments,
             job.branch,
@@ -349,9 +385,9 @@ class _Dropout:
     tokens lie. Probabilities are exact to 2^-16.
     """
 
-    def __init__(self, probability: float, batch: Batch, slots: Sequence[Slot], bank: Bank) -> None:
+    def __init__(self, probability: float, batch: Batch, generators: Sequence[torch.Generator], bank: Bank) -> None:
         self.threshold = min(round(probability * 65536), 65535)
-        self.generators = [slot.dropout for slot in slots]
+        self.generators = generators
         self.device = bank.token_clients.device
         segments, positions = batch.segments.reshape(-1), batch.positions.reshape(-1)
         tokens = (segments >= 0).nonzero().squeeze(1)

@@ -38,6 +38,7 @@ from folklora.federation.rounds import Silent
 from folklora.federation.run import play, run
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import prepare
+from folklora.privacy.fixedpoint import Grid
 from folklora.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
@@ -246,6 +247,45 @@ def test_a_server_killed_and_restarted_ends_with_the_same_numbers(
     until(lambda: resumed.poll() is not None, "the run ends", *members.values())
     assert resumed.returncode == 0, world.log("fedit")
     assert_equals_local(world, "fedit", recipe)
+
+
+@pytest.mark.slow
+def test_masked_uploads_are_summed_without_the_member_that_was_killed(
+    world: World, members: dict[str, subprocess.Popen[bytes]]
+) -> None:
+    """It has exchanged keys, and the others' uploads are masked with it."""
+    recipe = Recipe.parse(world.recipe("fedit", rounds=1).model_dump(), ["secure.kind=masks"])
+    cue = world.cue("site-1", "train", 1, "hang")
+    (world.cues / "site-1.hangs").unlink(missing_ok=True)
+    server = world.serve(recipe, "masked")
+    until((world.cues / "site-1.hangs").exists, "site-1 is to train", server, *members.values())
+    members["site-1"].kill()
+    members["site-1"].wait()
+    cue.unlink()
+    until(lambda: not world.running(world.fed / "members" / "site-1"), "its SuperNode ends too")
+    until(lambda: "helps to open the sum of 2 members" in world.log("site-0"), "round 1 goes on", server)
+    members["site-1"] = world.join("site-1")
+    until(lambda: server.poll() is not None, "the run ends", *members.values())
+    assert server.returncode == 0, world.log("masked")
+    line = world.lines("masked")[1]
+    assert line["participants"] == ["site-0", "site-2"]
+    assert line["failed"] == {"site-1": "no answer: the connection to it was lost"}
+
+    sizes = json.loads((world.folder / "masked" / "partition.json").read_text())["clients"]
+    weights = {name: sizes[name]["train"] for name in line["participants"]}
+    sent = {name: safetensors.torch.load_file(world.state(name, "masked", 1)) for name in weights}
+    off = Grid(8.0, 3, max(sizes[name]["train"] for name in sizes)).error(2, sum(weights.values()))
+    summed = safetensors.torch.load_file(world.folder / "masked" / "server" / "1.safetensors")
+    assert {name for name in summed if name.startswith("global/A/")}
+    for name, tensor in summed.items():
+        own = name.replace("global/", "model/", 1)
+        mean = sum(w * sent[member][own].double() for member, w in weights.items()) / sum(weights.values())
+        torch.testing.assert_close(tensor.double(), mean, rtol=2**-23, atol=off)
+    run_id = json.loads((world.folder / "masked" / "federation.json").read_text())["run"]
+    for name in MEMBERS:
+        (folder,) = (world.fed / "members" / name / "runs").glob(run_id)
+        noted = json.loads((folder / "noted.json").read_text())["noted"]
+        assert ("opened 1" in noted) == (name in weights)
 
 
 LIES = {1: "shape", 2: "nan", 3: "truncated", 4: "gigantic", 5: "impostor"}

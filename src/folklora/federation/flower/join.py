@@ -163,6 +163,7 @@ def join(
     model: str | None = None,
     columns: Mapping[str, str] | None = None,
     device: str | None = None,
+    key: str | None = None,
     once: bool = False,
     insecure: bool = False,
 ) -> None:
@@ -174,6 +175,8 @@ def join(
         A federation's, or the one that was handed to the member.
     data, text, label, rehearse, model, columns, device
         See `folklora.federation.parties.Own`.
+    key
+        The file of the members' common key (`folklora.federation.keys`).
     insecure
         Plain HTTP, to a server on this machine.
 
@@ -194,7 +197,9 @@ def join(
     if device not in (None, "auto", "cpu", "cuda"):
         raise FederationError(f"--device {device}; allowed: auto, cpu, cuda")
     from folklora.federation.folder import locked
+    from folklora.federation.keys import read_key
 
+    common = None if key is None else read_key(key)
     with (
         locked(membership.folder),
         ended_by_signals(),
@@ -207,7 +212,7 @@ def join(
         from folklora.federation.parties import Own
         from folklora.federation.resident import Resident
 
-        own = Own(data, text, label, rehearse, model, tuple((columns or {}).items()), device)
+        own = Own(data, text, label, rehearse, model, tuple((columns or {}).items()), device, common)
         resident = Resident(membership.name, membership.folder, own)
         app = client_app(resident.answer)
         tasks, pause = None, SHORTEST

@@ -1,0 +1,179 @@
+"""What messages leak, and what defences cost: `folklora attack` and private runs over methods, batches, ranks and steps.
+
+    python benchmarks/privacy.py --data ../shared/data          # --runs runs/privacy; pictures after `make models`
+    python benchmarks/privacy.py --only "span,membership" --seed 0
+    python benchmarks/privacy.py --list                         # what is done and what is left
+    python benchmarks/privacy.py --collect                      # only rewrite the results from the runs
+
+What is measured stands in `privacy_cells.py`. As in `accuracy.py` any number of processes can share ``--runs``: kill
+them at any time, what is finished is reused and what was begun goes on. The most telling cells come first, so a partial
+page is worth reading. Victims, batches and compute of an attack are the same for every method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import RESULTS, environment
+from accuracy import Bench, claimed, perform
+from privacy_cells import Attacked, Cell, Defended, cells
+
+from folklora.errors import FolkLoraError
+from folklora.privacy.attacks.run import attack
+from folklora.report.tables import human_seconds
+
+SHOWN = 2
+"""Victims of each attack whose texts or pictures are kept for the page."""
+
+
+@dataclass
+class Privacy:
+    """Where runs and results lie; what has been read of them."""
+
+    bench: Bench  # its files, and the lock on them
+    cells: list[Cell]
+    read: dict[Path, dict[str, Any]] = field(default_factory=dict)
+
+    def path(self, cell: Cell) -> Path:
+        return self.bench.runs / cell.part.replace(" ", "-") / cell.name
+
+    def finished(self, cell: Cell) -> dict[str, Any] | None:
+        """The result on disk, if it is there: an attack's document, or a run's row."""
+        path = self.path(cell)
+        if path not in self.read:
+            file = path / ("result.json" if isinstance(cell, Attacked) else "summary.json")
+            if not file.exists():
+                return None
+            document = json.loads(file.read_text(encoding="utf-8"))
+            self.read[path] = document if isinstance(cell, Attacked) else _row(document, path)
+        return self.read[path]
+
+    def left(self) -> list[Cell]:
+        return [cell for cell in self.cells if self.finished(cell) is None]
+
+    def collect(self) -> None:
+        """Rewrite ``privacy.json`` from the runs on disk."""
+        with self.bench.locked():
+            rows = []
+            for cell in self.cells:
+                found = self.finished(cell)
+                if found is not None:
+                    rows.append({**cell.told(), **_short(cell, found)})
+            where = environment(torch.device("cpu"), torch.float32)
+            planned = {
+                part: sum(c.part == part for c in self.cells) for part in dict.fromkeys(c.part for c in self.cells)
+            }
+            self.bench.write("privacy", {"environment": where, "planned": planned, "rows": rows})
+
+
+def _row(summary: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A run's row, with what it spent."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    spent = [line["privacy"] for line in lines if line.get("privacy")]
+    return {**summary["row"], "privacy": spent[-1] if spent else None}
+
+
+def _short(cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(cell, Defended):
+        return {"row": found}
+    kept = {key: found[key] for key in ("knowledge", "bytes", "seconds", "unmatched")}
+    metrics = {
+        name: {key: m[key] for key in ("mean", "control", "gain", "higher") if key in m}
+        for name, m in found["metrics"].items()
+    }
+    return {**kept, "metrics": metrics, "victims": found["victims"][: SHOWN if cell.gallery else 0]}
+
+
+def work(privacy: Privacy) -> dict[str, str]:
+    """Run what is not finished and not another process's, as long as there is any; returns what failed and why."""
+    failed: dict[str, str] = {}
+    while ready := [cell for cell in privacy.left() if cell.label not in failed]:
+        ran = False
+        for cell in ready:
+            path = privacy.path(cell)
+            with claimed(path, privacy.bench.runs) as mine:
+                if not mine or privacy.finished(cell) is not None:
+                    continue
+                started = time.perf_counter()
+                try:
+                    _perform(cell, path)
+                except FolkLoraError as error:
+                    failed[cell.label] = str(error)
+                    print(f"{cell.label}: failed: {error}", file=sys.stderr, flush=True)
+                    continue
+                except Exception as error:  # one method's bug must not end everybody's night
+                    failed[cell.label] = f"{type(error).__name__}: {error}"
+                    print(f"{cell.label}: failed: {failed[cell.label]}", file=sys.stderr, flush=True)
+                    continue
+            ran = True
+            privacy.collect()
+            taken = human_seconds(time.perf_counter() - started)
+            print(f"{cell.label}: {taken}; {len(privacy.left())} left", file=sys.stderr, flush=True)
+            break  # another process may have done what was next
+        if not ran:
+            break
+    return failed
+
+
+def _perform(cell: Cell, path: Path) -> None:
+    if isinstance(cell, Defended):
+        perform(cell.recipe, path)
+        return
+    document = attack(cell.recipe, cell.plan)
+    path.mkdir(parents=True, exist_ok=True)
+    part = path / f".{os.getpid()}.part"
+    part.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
+    part.replace(path / "result.json")
+
+
+def _chosen(found: Iterator[Cell], only: list[str], seeds: list[int]) -> list[Cell]:
+    return [
+        cell
+        for cell in found
+        if (not only or any(text in cell.label for text in only)) and (not seeds or cell.seed in seeds)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="holds fashion_mnist/, goemotions/ ..."
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/privacy"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--only", default="", help="cells whose label holds one of these, with commas")
+    parser.add_argument("--seed", default="", help="only these seeds, with commas")
+    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
+    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
+    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    bench = Bench(given.runs.resolve(), given.results, {})
+    every = list(cells(given.data.resolve()))
+    only, seeds = ([t for t in text.split(",") if t] for text in (given.only, given.seed))
+    failed: dict[str, str] = {}
+    if not (given.list or given.collect):
+        failed = work(Privacy(bench, _chosen(iter(every), only, [int(seed) for seed in seeds])))
+    privacy = Privacy(bench, every)
+    if not given.list:
+        privacy.collect()
+    left = privacy.left()
+    for cell in left if given.list else ():
+        print(f"left: {cell.label}", file=sys.stderr)
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    print(json.dumps({"benchmark": "privacy", "left": len(left), "failed": len(failed)}))
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

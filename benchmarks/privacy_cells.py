@@ -1,0 +1,177 @@
+"""What `privacy.py` measures: every cell is one attack on one method's messages, or one run with a defence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from folklora.federation.run import run_name, variant
+from folklora.privacy.attacks.observation import Knowledge
+from folklora.privacy.attacks.run import Plan
+from folklora.recipe import Recipe
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+SEEDS = (0, 1, 2)
+TEXT = ("banking77.toml", ("data.limit=2000", "model.max_length=64", "train.rounds=5"))
+PICTURES = ("fashion.toml", ("data.limit=1500", "adapter.tower=image", "train.rounds=5"))
+SETTINGS = {"banking77": TEXT, "fashion": PICTURES}
+
+METHODS = ("local", "fedit", "ffa", "fedsa", "loraxs", "fedsb", "celora", "folklora")
+"""Everything from all factors to none; the last five differ in which core travels, and in which frame."""
+LEAKING = ("fedit", "ffa", "fedsa", "celora", "folklora")
+PRIVATE = (
+    "fedit:head_start=zero",
+    "ffa:head_start=zero",
+    "loraxs",
+    "celora:similarity=model",
+    "folklora:head_start=zero",
+)
+"""Methods under differential privacy: nothing may leave outside the mechanism, so no class statistics."""
+CORES = ("celora", "folklora")
+RANKS = (4, 8, 16, 32, 64)
+BATCHES = (1, 2, 4, 8)
+STEPS = (1, 2, 4, 8)
+EPSILONS = (1, 3, 8)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: ``part`` is the table it belongs to."""
+
+    part: str
+    setting: str
+    method: str
+    seed: int
+
+    @property
+    def base(self) -> Recipe:
+        file, changes = SETTINGS[self.setting]
+        return Recipe.read(RECIPES / file, changes)
+
+    @property
+    def label(self) -> str:
+        return f"{self.part}; {self.setting}; {self.name}; seed {self.seed}"
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    def told(self) -> dict[str, Any]:
+        return {"part": self.part, "setting": self.setting, "variant": self.method, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Attacked(Cell):
+    """One attack; victims and their batches follow from the seed, the same for every method."""
+
+    plan: Plan
+    gallery: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.base.model_copy(update={"seed": self.seed})
+
+    @cached_property
+    def name(self) -> str:  # type: ignore[override]
+        told = json.dumps([self.setting, SETTINGS[self.setting], asdict(self.plan), self.seed], sort_keys=True)
+        readable = re.sub(r"[^\w.=-]+", "-", f"{self.setting}-{self.plan.attack}-{self.method}")
+        return f"{readable}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+
+    @property
+    def label(self) -> str:
+        plan = self.plan
+        how = f"{plan.knowledge.view}, batch {plan.batch}, {plan.steps} steps, warmup {plan.warmup}"
+        return f"{self.part}; {self.setting}; {plan.attack} on {self.method}; {how}; seed {self.seed}"
+
+    def told(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            **super().told(),
+            "attack": plan.attack,
+            "view": plan.knowledge.view,
+            "batch": plan.batch,
+            "steps": plan.steps,
+            "warmup": plan.warmup,
+            "budget": plan.budget,
+            "victims_attacked": plan.victims,
+        }
+
+
+@dataclass(frozen=True)
+class Defended(Cell):
+    """One run of the setting's recipe, with a defence among the variant's settings or with none."""
+
+    @property
+    def recipe(self) -> Recipe:
+        return variant(self.base, self.method, self.seed)
+
+    @cached_property
+    def name(self) -> str:  # type: ignore[override]
+        told = json.dumps([self.setting, SETTINGS[self.setting]])
+        return f"{self.setting}-{hashlib.sha256(told.encode()).hexdigest()[:8]}-{run_name(self.method, self.seed)}"
+
+
+def attacked(
+    part: str, setting: str, attack: str, methods: Sequence[str], seed: int, *, gallery: bool = False, **plan: Any
+) -> Iterator[Attacked]:
+    view = plan.pop("view", "sent")
+    knowledge = Knowledge(view=view, **plan.pop("knowledge", {}))
+    for method in methods:
+        yield Attacked(
+            part,
+            setting,
+            method,
+            seed,
+            Plan(attack, method, knowledge, seed=seed, **plan),
+            gallery and seed == SEEDS[0],
+        )
+
+
+def ranked(methods: Sequence[str], ranks: Sequence[int]) -> list[str]:
+    """At ranks of their own, at one scale alpha / r."""
+    return [f"{method}:adapter.rank={rank}:adapter.alpha={2 * rank}" for method in methods for rank in ranks]
+
+
+def private(methods: Sequence[str], unit: str, epsilons: Sequence[float]) -> list[str]:
+    return [f"{method}:privacy.unit={unit}:privacy.epsilon={epsilon}" for method in methods for epsilon in epsilons]
+
+
+def cells(data: Path) -> Iterator[Cell]:
+    """All of them, the most telling first; a seed of everything before the next."""
+    for seed in SEEDS:
+        yield from (Defended("utility", "banking77", method, seed) for method in METHODS)
+        for view in ("gradient", "sent"):
+            for batch in BATCHES:
+                yield from attacked(
+                    "span", "banking77", "span", LEAKING, seed, view=view, batch=batch, gallery=batch == 1
+                )
+            yield from attacked("texts", "banking77", "tag", METHODS, seed, view=view, gallery=True)
+            yield from attacked("pictures", "fashion", "inverting", METHODS[:-1], seed, view=view, gallery=True)
+        for batch in BATCHES:
+            yield from attacked(
+                "span by rank", "banking77", "span", ranked(CORES, RANKS), seed, view="gradient", batch=batch
+            )
+        for steps in STEPS:
+            yield from attacked("local steps", "banking77", "span", LEAKING, seed, steps=steps)
+            yield from attacked("local steps", "banking77", "tag", LEAKING, seed, steps=steps)
+        yield from attacked("membership", "banking77", "membership", METHODS, seed)
+        yield from attacked("labels", "banking77", "label-distribution", METHODS, seed)
+        yield from attacked("once", "banking77", "mixture", CORES, seed, gallery=True)
+        yield from (
+            Defended("epsilon", "banking77", method, seed)
+            for method in (*PRIVATE, *private(PRIVATE, "example", EPSILONS))
+        )
+        for method in PRIVATE:
+            yield from attacked(
+                "attacked under epsilon", "banking77", "span", private([method], "example", EPSILONS), seed
+            )
+        yield from (Defended("utility", "fashion", method, seed) for method in METHODS[:-1])
+        for view in ("gradient", "sent"):
+            yield from attacked("texts", "banking77", "lamp", LEAKING, seed, view=view, gallery=True)
+            yield from attacked("pictures", "fashion", "dlg", LEAKING[:-1], seed, view=view)

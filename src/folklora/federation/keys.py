@@ -1,0 +1,48 @@
+"""The key of encrypted aggregation as a file: made once by one member, handed to the others, never to the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from folklora.errors import FederationError
+from folklora.federation.files import reported, write_whole
+from folklora.privacy.ckks import Key
+
+LONGEST = 1024
+"""Bytes that no key's file exceeds."""
+
+
+def make_key(path: str | Path) -> Key:
+    """Write a new key, readable by its owner only.
+
+    Raises
+    ------
+    FederationError
+        If there is something already, the disk refuses, or TenSEAL is not installed.
+    """
+    path = Path(path)
+    key = Key.new()
+    if path.exists() or path.is_symlink():
+        raise FederationError(f"{path} already exists; nothing was overwritten")
+    write_key(path, key)
+    return key
+
+
+def write_key(path: Path, key: Key) -> None:
+    with reported(path, FederationError):
+        write_whole(path, key.line().encode(), mode=0o600)
+
+
+def read_key(path: str | Path) -> Key:
+    """Raises FederationError for a file that is missing, or holds no key."""
+    try:
+        with Path(path).open("rb") as file:
+            text = file.read(LONGEST).decode("ascii")
+    except UnicodeDecodeError:
+        text = ""
+    except OSError as error:
+        raise FederationError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return Key.parse(text)
+    except FederationError as error:
+        raise FederationError(f"{path}: {error}") from None

@@ -1,0 +1,1 @@
+"""What the messages leak, and what keeps them from leaking."""

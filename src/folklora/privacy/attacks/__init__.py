@@ -1,0 +1,45 @@
+"""Attacks on what is sent: what an honest but curious server can reconstruct. `ATTACKS` is the one place with all."""
+
+from __future__ import annotations
+
+import difflib
+
+from folklora.errors import AttackError
+from folklora.privacy.attacks.dlg import DLG
+from folklora.privacy.attacks.guess import Attack
+from folklora.privacy.attacks.idlg import IDLG
+from folklora.privacy.attacks.inverting import Inverting
+from folklora.privacy.attacks.label_distribution import LabelDistribution
+from folklora.privacy.attacks.lamp import LAMP
+from folklora.privacy.attacks.membership import Membership
+from folklora.privacy.attacks.mixture import MixtureInversion
+from folklora.privacy.attacks.span import Span
+from folklora.privacy.attacks.tag import TAG
+
+ATTACKS: dict[str, type[Attack]] = {
+    attack.name: attack
+    for attack in (DLG, IDLG, Inverting, TAG, LAMP, Span, MixtureInversion, Membership, LabelDistribution)
+}
+
+
+def find(name: str) -> type[Attack]:
+    """The attack of that name.
+
+    Raises
+    ------
+    AttackError
+        Naming the attacks there are, the nearest first.
+    """
+    if name not in ATTACKS:
+        close = difflib.get_close_matches(name, ATTACKS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise AttackError(f"--attack {name!r}: no such attack{hint} (allowed: {', '.join(ATTACKS)})")
+    return ATTACKS[name]
+
+
+def describe() -> list[dict[str, str]]:
+    """Name, title, paper and form of every attack."""
+    return [
+        {"name": a.name, "title": a.title, "paper": a.paper or "ours", "forms": ", ".join(sorted(a.forms))}
+        for a in ATTACKS.values()
+    ]

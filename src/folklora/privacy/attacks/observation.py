@@ -1,0 +1,107 @@
+"""What an attacker holds: the messages of one client, and what is assumed of its knowledge.
+
+The attacker is an honest but curious server. It knows the frozen backbone, the recipe with its seed, and everything
+that was ever sent or replied. What else it is granted is said by `Knowledge` and stated in every result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from folklora.adapters.lowrank import Tensors, kind
+
+View = Literal["sent", "gradient"]
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What the attacker is granted beside the public.
+
+    Attributes
+    ----------
+    view
+        "sent": what really arrived, decoded. "gradient": the upper bound, the float32 gradient of the batch's mean loss
+        with respect to the tensors that travel, in one step.
+    labels, lengths
+        Whether it knows the batch's labels, and how many tokens each text has.
+    bases
+        Whether it knows the client's private tensors at the start of the round. Otherwise it believes what it can know:
+        the recipe's start (of a common seed), with all that was ever sent or replied.
+    """
+
+    view: View = "sent"
+    labels: bool = True
+    lengths: bool = True
+    bases: bool = False
+
+
+@dataclass(frozen=True)
+class Victim:
+    """The truth, for scoring only: never given to an attack.
+
+    Attributes
+    ----------
+    rows
+        Into the setup's table.
+    inputs, examples, labels
+        The batch as the source has it, as the task encodes it, and its labels.
+    """
+
+    client: str
+    rows: np.ndarray
+    inputs: list[Any]
+    examples: list[Any]
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All that an attack is given, beside public knowledge.
+
+    Attributes
+    ----------
+    count
+        Examples in the batch.
+    before
+        The client's whole model at the start of the round, as the attacker believes it.
+    sent
+        What arrived, decoded; empty for methods that send nothing.
+    gradient
+        By name, of what travelled and is trained: exact (`Knowledge.view` "gradient"), or ``-(sent - before)`` divided
+        by the sum of the learning rates.
+    steps, local_epochs, learning_rate, optimizer
+        Of the client's local training, as the recipe tells them.
+    labels, lengths
+        None where they are not known.
+    sketch
+        What the client once sent (``statistics/...``, ``mixture/...``), decoded.
+    prompts
+        causal-lm: how many of each text's tokens are its prompt; known where the lengths are.
+    """
+
+    client: str
+    round: int
+    count: int
+    before: Tensors
+    sent: Tensors
+    gradient: Tensors
+    steps: int
+    local_epochs: int
+    learning_rate: float
+    optimizer: str
+    labels: np.ndarray | None
+    lengths: list[int] | None
+    sketch: Tensors
+    prompts: list[int] | None = None
+
+
+def cut(name: str, tensor: Tensor, sent: Tensors) -> Tensor:
+    """Of a factor, the pairs that travelled, where an ``index/<site>`` says which (HAFL); everything else whole."""
+    if tensor.shape == sent[name].shape:
+        return tensor
+    chosen = sent[f"index/{name.partition('/')[2]}"].long().sort().values.to(tensor.device)
+    return tensor[chosen] if kind(name) == "A" else tensor[:, chosen]

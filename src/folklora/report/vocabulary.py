@@ -1,0 +1,45 @@
+"""Kinds of tensors in words for people who train nothing: what each is called, and what it says of a client's data."""
+
+from __future__ import annotations
+
+WORDS = {
+    "A": "down factors A",
+    "B": "up factors B",
+    "C": "cores C",
+    "H": "heads of the cores H",
+    "gain": "gains of the cores' heads",
+    "head": "the task head",
+    "norm": "LayerNorms",
+    "index": "which rows and columns were chosen",
+    "control": "control variates",
+    "base": "dense changes of the frozen weights",
+}
+TELLS = {
+    "A": "Its change is a sum of what the model sees in the client's own examples: the most direct trace of inputs.",
+    "B": "Its change mixes traces of the client's inputs with the mistakes that the model made on them.",
+    "C": "A trace of the client's inputs, as far as the two factors around it let it through.",
+    "H": "A trace of the client's inputs, as far as the two factors around it let it through.",
+    "gain": "One number a head: how much the client's examples wanted of it.",
+    "head": "Its change tells which labels the client's examples have.",
+    "norm": "Sums over all of the client's inputs, a few numbers a layer.",
+    "index": "Which directions mattered most for the client's examples.",
+    "control": "An average of the client's own gradients: as telling as the tensors it is named after.",
+    "base": "The sum of all changes so far.",
+}
+SKETCHED = {
+    "statistics": (
+        "class statistics",
+        "for each label: how many examples, the mean of their features; and one covariance of all features",
+        "Which labels the client has, how many examples of each, and where their features lie.",
+    ),
+    "mixtures": (
+        "class mixtures",
+        "for each label: how many examples, and a mixture of Gaussians fitted to their features",
+        "Which labels the client has, how many examples of each, and where their features lie, in some detail.",
+    ),
+    "gradients": (
+        "weight gradients",
+        "the dense gradient of each adapted layer on some of the client's examples",
+        "Of few examples, a dense gradient can give the examples themselves away.",
+    ),
+}

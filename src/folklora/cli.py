@@ -201,14 +201,10 @@ def attack(
     ] = None,
     name: Annotated[str, typer.Option("--attack", help="Which; --list names them")] = "",
     method: Annotated[str | None, typer.Option(help="As in compare; default: the recipe's own")] = None,
-    view: Annotated[
-        str, typer.Option(help="sent: what travels; gradient: one exact step, the upper bound")
-    ] = "sent",
+    view: Annotated[str, typer.Option(help="sent: what travels; gradient: one exact step, the upper bound")] = "sent",
     batch: Annotated[int, typer.Option(help="Examples of a batch")] = 1,
     victims: Annotated[int, typer.Option(help="Batches")] = 4,
-    warmup: Annotated[
-        int, typer.Option(help="Rounds before the one attacked; a run stands where it is")
-    ] = 1,
+    warmup: Annotated[int, typer.Option(help="Rounds before the one attacked; a run stands where it is")] = 1,
     steps: Annotated[int, typer.Option(help="Gradient steps of the victim's round")] = 1,
     rounds: Annotated[int, typer.Option(help="Rounds that are seen, all of the same batch")] = 1,
     seed: Annotated[int, typer.Option(help="Of the victims and of the attack")] = 0,
@@ -266,7 +262,8 @@ def attack(
     if document["form"] == "text":
         for victim in document["victims"]:
             for key in ("original", "recovered", "control"):
-                out.print(f"{key:>9}: {' | '.join(victim.get(key, []))}", soft_wrap=True)
+                if key in victim:
+                    out.print(f"{key:>9}: {' | '.join(victim[key])}", soft_wrap=True)
 
 
 def _list_attacks(as_json: bool) -> None:

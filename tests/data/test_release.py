@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from folklora.data.release import (
 )
 from folklora.data.statistics import ClassStatistics
 from folklora.errors import MethodError
+from folklora.randomness import secret_generator
 
 NO_NOISE = 1e9  # an epsilon
 
@@ -35,8 +37,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def secret(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def secret(seed: int) -> np.random.Generator:
+    return secret_generator(seed, "release")
 
 
 def examples(n: int, d: int, classes: int, seed: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -54,8 +54,8 @@ class Heard(LocalEngine):
 
 
 def flat(tensors: Tensors, less: Tensors | None = None) -> np.ndarray:
-    parts = [(t.double() - (less or {}).get(n, torch.zeros(())).double()).numpy().ravel() for n, t in tensors.items()]
-    return np.concatenate(parts)
+    zero = torch.zeros(())
+    return np.concatenate([(t - (less or {}).get(n, zero)).double().numpy().ravel() for n, t in tensors.items()])
 
 
 @pytest.mark.parametrize("method", ["fedit", "ffa", "celora:similarity=model", "celora:similarity=size", "flora"])
@@ -96,7 +96,7 @@ def about(deviation: float, numbers: np.ndarray) -> Any:
     return pytest.approx(deviation, rel=5 / math.sqrt(2 * numbers.size))
 
 
-# -- who adds which noise ------------------------------------------------------------------------------------------------
+# -- who adds which noise ----------------------------------------------------------------------------------------------
 
 
 def protected(recipe: Any, update: float, rounds: Sequence[int] = (1,)) -> dict[tuple[str, int], np.ndarray]:

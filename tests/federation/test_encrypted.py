@@ -435,6 +435,16 @@ def test_what_is_no_key_is_refused_in_a_line(
         read_key(path)
 
 
+def test_a_key_that_others_on_the_computer_can_read_is_refused(tmp_path: Path, key: Key) -> None:
+    path = tmp_path / "common.key"
+    for mode in (0o640, 0o604, 0o644):
+        path.chmod(mode)
+        with pytest.raises(FederationError, match=r"common\.key: others .* can read it; run: chmod 600 "):
+            read_key(path)
+    path.chmod(0o400)
+    assert read_key(path).id == key.id
+
+
 def test_predictions_need_the_folder_alone(
     tiny_recipe: Callable[..., Any], federated: Callable[..., Any], key: Key, tmp_path: Path
 ) -> None:

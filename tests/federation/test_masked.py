@@ -46,6 +46,10 @@ AVERAGING = [
 ]
 
 
+SHARES = ["method.name=fedit", "method.head_start=zero", "privacy.unit=client", "privacy.noise=1.0",
+          "privacy.placement=shares"]  # fmt: skip
+
+
 class Opened:
     """Every sum that a server opened, beside the vectors that went into it."""
 
@@ -299,6 +303,13 @@ def test_a_member_masks_one_upload_in_a_session(tiny_recipe: Callable[..., Any])
         outlets[0].encode(1, other)
     with pytest.raises(MessageError, match="a part of round 1 in round 2"):
         outlets[0].encode(2, message)
+    # The same under the masks of some partners, and of others: the differences are masks, and all of them together.
+    whole = outlets[0].attached
+    outlets[0].attached = whole[:-1] + b"\0"
+    with pytest.raises(MessageError, match="this session has masked another upload"):
+        outlets[0].encode(1, message)
+    outlets[0].attached = whole
+    assert outlets[0].encode(1, message) == first
     _, outlets[0].attached = met(recipe, outlets, 2)
     assert outlets[0].encode(2, other) != first
     with pytest.raises(MessageError, match="holds NaN"):
@@ -432,6 +443,8 @@ def having(recipe: Recipe, key: Callable[[str], Key | None]) -> Callable[[str], 
         (["method.name=fedit", "train.participation=0.25"], "with 1 client a round"),
         (["method.name=fedit", "robust.rule=median"], 'robust.rule = "median"'),
         (["method.name=fedit", "method.head_start=zero", "privacy.unit=client", "privacy.noise=1.0"], "placement"),
+        ([*SHARES, "privacy.clip=3"], r"secure.range = 8 .* sd 1.5: .*; allowed: 12 to "),
+        ([*SHARES, "secure.range=1e6", "privacy.clip=1e-3"], r"allowed: 0\.004 to 4194"),
     ],
     ids=str,
 )

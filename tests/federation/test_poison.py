@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from folklora.errors import RecipeError
@@ -156,7 +157,7 @@ def test_a_liar_does_not_clip_and_a_servers_clip_holds_it(tiny_recipe: Any, tmp_
         "privacy.noise=1e-3", "privacy.accountant=rdp", "train.rounds=1",
     )  # fmt: skip
     run(recipe, tmp_path / "run")
-    state = __import__("safetensors.torch").torch.load_file(tmp_path / "run" / "server" / "1.safetensors")
+    state = safetensors.torch.load_file(tmp_path / "run" / "server" / "1.safetensors")
     start = prepare(recipe).method.initial("0")
     moved = sum(float((t - start[n.removeprefix("global/")]).square().sum()) for n, t in state.items()) ** 0.5
     assert moved <= 0.1 * 1.01

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from folklora.privacy.mechanism import added, applied, clipped, difference, noise, norm
+from folklora.randomness import derive
 
 SHAPES = {"A/x": (4, 30), "B/x": (25, 4), "head/bias": (7,)}
 
@@ -52,6 +53,18 @@ def test_noise_has_its_deviation_and_is_new_for_each_name_client_round_and_secre
     assert np.abs(correlation).max() < 5 / math.sqrt(flat[0].size)
     again = noise(like, 2.5, 1, "privacy/noise", "a", 1)
     assert all(torch.equal(again[name], draws[0][name]) for name in like)
+
+
+def test_noise_cannot_be_searched_for_among_the_seeds_that_a_small_generator_tells_apart() -> None:
+    """torch's generator on a CPU takes 32 bits of a seed: two secrets in some 80,000 have the same noise."""
+    like, seen = {"one": torch.zeros(20)}, {}
+    for secret in range(2**20):
+        other = seen.setdefault(derive(secret, "privacy/noise/one", "a", 1) % 2**32, secret)
+        if other != secret:
+            break
+    one, two = (noise(like, 1.0, each, "privacy/noise", "a", 1)["one"] for each in (secret, other))
+    assert secret != other
+    assert not torch.equal(one, two)
 
 
 def test_an_update_is_what_a_reference_lacks_and_unknown_tensors_count_from_zero() -> None:

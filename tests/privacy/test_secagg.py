@@ -128,13 +128,24 @@ def test_without_one_honest_pair_nothing_cancels() -> None:
         party = play.parties[one]
         left = masked[one] - pieces.keystream(pieces.own_mask(play.session, party._own), play.length)
         for other in play.parties.keys() - set(honest):
-            stream = pieces.keystream(
-                pieces.pair_mask(play.session, play.parties[other]._mask_key, keys[one]), play.length
-            )
+            key = pieces.pair_mask(play.session, play.parties[other]._mask_key, keys[one], one, other)
+            stream = pieces.keystream(key, play.length)
             left = left - stream if one < other else left + stream
         rest[one] = left
         assert chisquare(np.bincount(left.view(np.uint8), minlength=256)).pvalue > 1e-6
     assert not (rest[1] + rest[3]).any()
+
+
+def test_members_that_copy_others_keys_take_no_mask_off_a_third() -> None:
+    """Of 2, the masks with 0 and 1 and those with who has their keys would cancel: one is added, one subtracted."""
+    play = Play(5, 3, length=60_000)
+    copied = {4: play.parties[0], 3: play.parties[1]}
+    for index, party in play.parties.items():
+        play.desk.joined(index, copied.get(index, party).keys(1))
+    play.desk.sent = {index: {} for index in play.parties}
+    left = play.parties[2].mask(np.zeros(play.length, dtype=np.uint32), play.desk.attachment())
+    left -= pieces.keystream(pieces.own_mask(play.session, play.parties[2]._own), play.length)
+    assert chisquare(np.bincount(left.view(np.uint8), minlength=256)).pvalue > 1e-6
 
 
 def test_fewer_points_than_the_threshold_fit_every_secret() -> None:
@@ -282,6 +293,16 @@ def test_what_nobody_can_open_is_passed_over() -> None:
         play.desk.opened(1, play.answer(1, asked[1]))
     masked = play.masked()
     np.testing.assert_array_equal(play.open(masked, play.parties, [0, 2, 3]), total(play.vectors.values()))
+
+
+def test_a_weight_whose_sum_with_others_might_not_fit_is_refused_at_the_door() -> None:
+    play = Play(4, 3)
+    most = (2**32 - 1) // 4
+    play.desk.joined(0, play.parties[0].keys(most))
+    for weight in (most + 1, 2**32 - 1):
+        with pytest.raises(MessageError, match=f"a weight of {weight}; allowed: 1 to {most}"):
+            play.desk.joined(1, play.parties[1].keys(weight))
+    assert list(play.desk.keys) == [0]
 
 
 def test_keys_that_agree_on_nothing_are_refused_at_the_door() -> None:

@@ -65,7 +65,7 @@ def one_by_one(task: Any, adapter: LowRank, job: Job, train: TrainSection) -> Te
     assert job.private is not None
     own, clip = job.private, job.private.clip
     n, q = len(job.examples), min(1.0, train.batch_size / len(job.examples))
-    noise = own.generator("noise")
+    noise = own.disturbance()
     names = sorted(job.trained)
     tensors = {name: to_stack(name, job.tensors[name], job.rank).double() for name in names}
     for picks in own.samples(n, train):
@@ -292,7 +292,7 @@ def test_opacus_adds_noise_of_the_same_size() -> None:
     torch.manual_seed(0)
     optimizer.step()
     own = Private(0.5, 1.3, 4)
-    ours = own.draw({"a": torch.Size([40_000])}, own.generator("noise"))["a"] / 8
+    ours = own.draw({"a": torch.Size([40_000])}, own.disturbance())["a"] / 8
     assert float(ours.std()) == pytest.approx(float(parameter.detach().std()), rel=0.02)
 
 

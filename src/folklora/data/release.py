@@ -94,7 +94,7 @@ def release_statistics(
     clip: float,
     epsilon: float,
     delta: float,
-    generator: torch.Generator,
+    generator: np.random.Generator,
 ) -> ClassStatistics:
     """Class statistics that are (epsilon, delta)-differentially private for each example.
 
@@ -111,7 +111,7 @@ def release_statistics(
     epsilon, delta
         The guarantee; ``delta`` well below ``1 / n``.
     generator
-        A CPU generator seeded by a secret of this client.
+        Seeded by a secret of this client: `folklora.randomness.secret_generator`.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def release_mixtures(
     clip: float,
     epsilon: float,
     delta: float,
-    generator: torch.Generator,
+    generator: np.random.Generator,
 ) -> ClassMixtures:
     """One Gaussian a class, (epsilon, delta)-differentially private for each example.
 
@@ -150,7 +150,7 @@ def _release(
     clip: float,
     epsilon: float,
     delta: float,
-    generator: torch.Generator,
+    generator: np.random.Generator,
     diagonal: bool,
 ) -> ClassStatistics:
     """Noisy statistics with a covariance (or only its diagonal) that may still have negative eigenvalues.
@@ -159,7 +159,7 @@ def _release(
     """
     deviation = SENSITIVITY * noise_multiplier(epsilon, delta)
     counts, sums, moments = (
-        exact + deviation * torch.randn(exact.shape, generator=generator, dtype=torch.float64)
+        exact + deviation * torch.from_numpy(generator.standard_normal(tuple(exact.shape)))
         for exact in query(features, labels, classes, clip, diagonal)
     )
     n = max(float(counts.sum()), 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from folklora.errors import FederationError
@@ -34,15 +35,18 @@ def write_key(path: Path, key: Key) -> None:
 
 
 def read_key(path: str | Path) -> Key:
-    """Raises FederationError for a file that is missing, or holds no key."""
+    """Raises FederationError for a file that is missing, holds no key, or can be read by others on this computer."""
     try:
         with Path(path).open("rb") as file:
-            text = file.read(LONGEST).decode("ascii")
+            text, mode = file.read(LONGEST).decode("ascii"), os.fstat(file.fileno()).st_mode
     except UnicodeDecodeError:
-        text = ""
+        text, mode = "", 0
     except OSError as error:
         raise FederationError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        return Key.parse(text)
+        key = Key.parse(text)
     except FederationError as error:
         raise FederationError(f"{path}: {error}") from None
+    if mode & 0o077:
+        raise FederationError(f"{path}: others on this computer can read it; run: chmod 600 {path}")
+    return key

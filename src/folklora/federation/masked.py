@@ -17,10 +17,10 @@ it and with the roll, so of an upload that was masked with exchanged keys nobody
 *Asked twice.* A round is played again when the server was killed, and then perhaps with other members. Each attempt has
 a session of its own, hence other keys and masks. But who trains from the same state on the same data sends the same
 vector, and the difference of two sums of one round may be one member's vector. So a member opens one set of survivors
-in a round and no other, whoever asks, and masks one vector in a session; all this is noted before the answer leaves
-(`Outlet.noted`; in a member's folder, ``noted.json``), and stay noted when a server steps back. A round that was
-opened, but not committed, can be completed by the same survivors only. A member that refuses its points has still taken
-part: its upload is in the sum.
+in a round and no other, whoever asks, and masks one vector in a session, for one list of partners; all this is noted
+before the answer leaves (`Outlet.noted`; in a member's folder, ``noted.json``), and stay noted when a server steps
+back. A round that was opened, but not committed, can be completed by the same survivors only. A member that refuses its
+points has still taken part: its upload is in the sum.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class MaskedOutlet(Outlet):
                 round, clipped, len(words) - 1, self.recipe.secure.range,
             )  # fmt: skip
         self._roll(session, split(session, attached)[0])
-        digest = hashlib.sha256(words.tobytes()).hexdigest()
+        # The same words under the masks of other partners would tell these masks, and with enough of them the words.
+        digest = hashlib.sha256(self.attached + words.tobytes()).hexdigest()
         if self.noted.setdefault(f"masked {session.id.hex()}", digest) != digest:
             raise MessageError("this session has masked another upload; allowed: the same again, or another session")
         shapes = {name: tuple(tensor.shape) for name, tensor in message.tensors.items()}
@@ -158,7 +159,6 @@ class MaskedIntake(Intake):
                 failed |= self._exchange(round, topic, dict.fromkeys(asked, part), take, ledger)
                 self._enough(round, len(clients) - len(failed), "clients exchanged keys")
             self.most = max(desk.keys[index].weight for index in desk.partners)
-            Grid(self.recipe.secure.range, self.parties, self.most)  # refuses what does not fit
             attached = WEIGHT.pack(self.most) + desk.attachment()
             for client in clients:
                 if client not in failed:

@@ -6,12 +6,15 @@ import math
 from typing import Any
 
 from folklora.errors import MethodError, RecipeError
+from folklora.federation.budget import resolved_noise
 from folklora.methods.base import Method
 from folklora.privacy.fixedpoint import Grid
 from folklora.privacy.secagg import wire
 from folklora.recipe import Recipe
 
 PLAIN = ("float32", "float16", "bfloat16")
+DEVIATIONS, STEPS = 8, 64
+"""Of a share of noise: how many standard deviations fit into the range at least, and how many steps into one."""
 UPLOAD_HEAD = 40
 """Bytes of a masked upload in front of its words (`folklora.federation.masked`)."""
 
@@ -62,6 +65,21 @@ def refuse_unmaskable(recipe: Recipe, method: Method) -> None:
     if recipe.privacy.unit == "client" and recipe.privacy.placement == "server":
         raise RecipeError(
             f'{here} with privacy.placement = "server", which clips what it cannot read; allowed: "shares", "client"'
+        )
+    if recipe.privacy.unit == "client" and recipe.privacy.placement == "shares":
+        _refuse_lost_noise(recipe, method, count)
+
+
+def _refuse_lost_noise(recipe: Recipe, method: Method, count: int) -> None:
+    """The accountant adds up shares as they were drawn: none may be cut off at the range, nor vanish in a step of the
+    grid (`folklora.privacy.fixedpoint`)."""
+    deviation = recipe.privacy.clip * resolved_noise(recipe, method) / math.sqrt(count)
+    steps = (2**31 - 1) // count
+    least, most = DEVIATIONS * deviation, deviation * steps / STEPS
+    if not least <= recipe.secure.range <= most:
+        raise RecipeError(
+            f'secure.range = {recipe.secure.range:g} with privacy.placement = "shares", each of sd {deviation:.3g}: '
+            f"noise would be clipped, or rounded away; allowed: {least:.4g} to {most:.4g}"
         )
 
 

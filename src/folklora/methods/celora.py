@@ -45,7 +45,7 @@ from folklora.methods.embedding import LinearTransport, typical_distance
 from folklora.methods.mixing import Embedded, Mixing
 from folklora.methods.options import Options
 from folklora.methods.transport import data_distances, similarity
-from folklora.randomness import derive, torch_generator
+from folklora.randomness import derive, secret_generator, torch_generator
 
 WHOLE = 1000
 """Clients up to which data similarity is exact, matrices are kept and shown, and mixing is done in float64."""
@@ -214,7 +214,7 @@ class CELoRA(Method):
         if self.options.dp_epsilon is None:
             return super().statistics(client)
         features, labels = client.data.features("train")
-        noise = torch_generator(client.secret, "release", client.id)
+        noise = secret_generator(client.secret, "release", client.id)
         return release_statistics(
             features,
             labels,

@@ -12,7 +12,8 @@ For n = 50 and R = 8 that is 1e-7, about the last digit of a float32 near 1. A n
 as it was beyond R.
 
 Where members add shares of noise (``privacy.placement = "shares"``), each share is rounded by itself, which an
-accountant of real-valued noise does not count: a step, R * n / 2^31, has to be far below the noise. By default it is.
+accountant of real-valued noise does not count: a step, R * n / 2^31, has to be far below the noise, and R far above
+it (`folklora.federation.secrecy` refuses the rest).
 """
 
 from __future__ import annotations

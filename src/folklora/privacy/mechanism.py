@@ -5,7 +5,7 @@ when it is replaced by nothing, so C is the sum's L2 sensitivity; noise of stand
 sum is the Gaussian mechanism with multiplier z (`folklora.privacy.accounting`). Independent shares of sd z C / sqrt(m)
 of m clients add up to the same. Everything is float64, so that rounding adds nothing to the norm.
 
-The noise is Gaussian from a generator that is not cryptographic, and is not hardened against attacks on floating-point
+The noise is Gaussian from a generator with a key of 128 bits that is not cryptographic (Philox), and is not hardened against attacks on floating-point
 rounding (Mironov 2012).
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
-from folklora.randomness import torch_generator
+from folklora.randomness import secret_generator
 
 
 def norm(update: Tensors) -> float:
@@ -41,8 +41,8 @@ def noise(like: Tensors, deviation: float, secret: int, purpose: str, client: st
     """
     found: Tensors = {}
     for name, tensor in sorted(like.items()):
-        generator = torch_generator(secret, f"{purpose}/{name}", client, round)
-        found[name] = deviation * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        generator = secret_generator(secret, f"{purpose}/{name}", client, round)
+        found[name] = deviation * torch.from_numpy(generator.standard_normal(tuple(tensor.shape)))
     return found
 
 

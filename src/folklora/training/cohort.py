@@ -97,7 +97,7 @@ class Slot:
             self.batches = [epoch[i : i + train.batch_size] for epoch in epochs for i in range(0, n, train.batch_size)]
         else:
             self.batches = job.private.samples(n, train)
-            self.noise = job.private.generator("noise")
+            self.noise = job.private.disturbance()
         self.dropout = torch_generator(seed, "dropout", job.client, job.round)
         self.done = 0
         self.loss = 0.0

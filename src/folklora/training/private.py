@@ -32,7 +32,7 @@ from folklora.adapters.lowrank import Tensors
 from folklora.backbones.task import Example, Task
 from folklora.methods.work import Work
 from folklora.privacy.example import sampling, steps
-from folklora.randomness import derive, numpy_generator, torch_generator
+from folklora.randomness import derive, numpy_generator, secret_generator, torch_generator
 from folklora.recipe import Recipe, TrainSection
 
 NUMBERS = 2**25
@@ -65,10 +65,14 @@ class Private:
     def generator(self, purpose: str) -> torch.Generator:
         return torch_generator(self.seed, purpose)
 
-    def draw(self, shapes: Mapping[str, torch.Size], generator: torch.Generator) -> Tensors:
+    def disturbance(self) -> np.random.Generator:
+        """Where `draw` takes a training's noise from, step by step."""
+        return secret_generator(self.seed, "noise")
+
+    def draw(self, shapes: Mapping[str, torch.Size], generator: np.random.Generator) -> Tensors:
         """The noise in one sum of gradients, float32, in the order of the names."""
         sizes = [shapes[name].numel() for name in sorted(shapes)]
-        drawn = torch.randn(sum(sizes), generator=generator, dtype=torch.float64) * (self.noise * self.clip)
+        drawn = torch.from_numpy(generator.standard_normal(sum(sizes))) * (self.noise * self.clip)
         parts = zip(sorted(shapes), drawn.float().split(sizes), strict=True)
         return {name: part.view(shapes[name]) for name, part in parts}
 

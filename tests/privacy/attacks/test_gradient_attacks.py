@@ -13,6 +13,7 @@ import torch
 from folklora.errors import AttackError
 from folklora.federation.rounds import Silent
 from folklora.methods import METHODS
+from folklora.privacy.attacks import find
 from folklora.privacy.attacks.attacker import Attacker
 from folklora.privacy.attacks.objective import cosine
 from folklora.privacy.attacks.observation import Knowledge
@@ -150,6 +151,18 @@ def test_later_rounds_of_the_same_batch_are_matched_at_once(tiny_recipe: Callabl
     one, other = (float(lens.distance(seen, inputs, labels, cosine, slope=False)) for seen in (first, second))
     lens.further = [second]
     assert float(lens.distance(first, inputs, labels, cosine, slope=False)) == pytest.approx((one + other) / 2)
+
+
+@pytest.mark.parametrize("name", ["dlg", "idlg", "tag", "lamp"])
+def test_an_attack_takes_what_it_was_given_and_no_more(tiny_recipe: Callable[..., Any], name: str) -> None:
+    warm = play(tiny_recipe("method.name=fedit"), 1, Silent())
+    replica = Replica(warm.setup.task, warm.setup.method.adapter, "text")
+    _, (victim,) = choose(warm.setup, 1, 1, 0)
+    (seen,) = watch(warm, victim, FULL, replica, steps=1)
+    for budget in (1, 7, 33):
+        lens = Attacker(replica, FULL)
+        find(name)().run(lens, seen.observation, budget, torch.Generator().manual_seed(0))
+        assert lens.spent == budget
 
 
 def test_more_steps_are_seen_as_one_way(tiny_recipe: Callable[..., Any]) -> None:

@@ -109,3 +109,14 @@ def test_pixels_come_to_have_the_features_that_are_wanted(
     assert bool((own > start).all())
     assert float(own.min()) > 0.95
     assert bool((own > F.cosine_similarity(replica.features(found), wanted.flip(0))).all())
+
+
+def test_pictures_are_inverted_and_shown(picture_recipe: Callable[..., Any], tmp_path: Path) -> None:
+    document = attack(
+        picture_recipe("vit", "method.name=celora"), Plan("mixture", victims=1, warmup=0, budget=2), tmp_path
+    )
+    (shown,) = document["victims"]
+    assert len(shown["original"]) == len(shown["recovered"]) == len(shown["control"]) > 0
+    assert all(uri.startswith("data:image/png") for uri in shown["recovered"])
+    assert document["metrics"]["hit"]["mean"] > 0
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]

@@ -20,7 +20,7 @@ from folklora.privacy.attacks.first_inputs import Plug, look, plug_of
 from folklora.privacy.attacks.replica import Replica
 from folklora.privacy.attacks.rowspan import Space
 
-SWEEPS = 8
+SWEEPS = 4
 """Times that all positions are gone through at most."""
 AT_ONCE = 64
 """Texts of one forward pass, about."""
@@ -95,7 +95,7 @@ class Assembly:
 def _exchanged(texts: Texts, i: int, j: int, place: int, free: Tensor) -> list[Texts]:
     """Two texts with this position exchanged, and with all from it on that are free in both."""
     both = (free[i] & free[j]).nonzero().squeeze(1).tolist()
-    found = []
+    found: list[Texts] = []
     for places in ([place], [p for p in both if p >= place]):
         one, other = list(texts[i]), list(texts[j])
         for p in places:

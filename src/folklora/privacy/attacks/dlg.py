@@ -45,12 +45,20 @@ class DLG(Attack):
         optimiser = torch.optim.LBFGS(search.free, lr=1, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
+            if search.lens.spent >= budget:  # a line search asks for as many as it likes
+                raise _Spent
             return search.loss(squared)
 
-        while (left := budget - search.lens.spent) > 0 and search.best.loss > SETTLED:
-            before = search.best.loss
-            optimiser.param_groups[0]["max_eval"] = min(25, left)
-            optimiser.step(closure)
-            if not search.best.loss < before * (1 - 1e-3):
-                break
+        try:
+            while search.best.loss > SETTLED:
+                before = search.best.loss
+                optimiser.step(closure)
+                if not search.best.loss < before * (1 - 1e-3):
+                    break
+        except _Spent:
+            pass
         return search.best
+
+
+class _Spent(Exception):
+    """The budget is."""

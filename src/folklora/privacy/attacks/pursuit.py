@@ -74,10 +74,10 @@ def pursue(views: Sequence[View], places: Tensor, room: Sequence[int], enough: f
         for place, free in enumerate(left):
             if not free:
                 scores[places == place] = -1.0
-        best = _distinct(scores, places, max(1, total // AT_ONCE))
-        if not best:
+        picked = _distinct(scores, places, max(1, total // AT_ONCE))
+        if not picked:
             break
-        for candidate in best:
+        for candidate in picked:
             search.take(candidate)
             left[int(places[candidate])] -= 1
     best = Pursued(list(search.chosen), search.unexplained())

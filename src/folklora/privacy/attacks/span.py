@@ -53,7 +53,7 @@ NEAREST = (100, 1000)
 ENOUGH = {torch.float32: 1e-6, torch.bfloat16: 2e-3}
 """What rounding leaves unexplained of a gradient computed in that precision; in others as in float32."""
 
-SURE = 0.05
+SURE = 5e-3
 """Texts are sorted out where the tokens leave less than this unexplained; else it would sort what is not there."""
 
 Inputs = frozenset[tuple[int, int]]

@@ -65,8 +65,9 @@ class Desk:
         keys = Keys(*KEYS.unpack(body))
         for public in (keys.channel, keys.mask):
             agreed(X25519PrivateKey.generate(), public)
-        if not keys.weight:
-            raise MessageError("a weight of 0; allowed: 1 or more")
+        most = (2**32 - 1) // self.session.most
+        if not 1 <= keys.weight <= most:
+            raise MessageError(f"a weight of {keys.weight}; allowed: 1 to {most}, so that a round's sum fits")
         self.keys[index] = keys
 
     def roll(self) -> bytes:
@@ -145,7 +146,7 @@ class Desk:
             if key.public_key().public_bytes_raw() != self.keys[owner].mask:
                 raise MessageError(f"member {self._name(owner)} dealt points of another key than its own")
             for other in self.survivors:
-                stream = keystream(pair_mask(self.session, key, self.keys[other].mask), count)
+                stream = keystream(pair_mask(self.session, key, self.keys[other].mask, owner, other), count)
                 (np.add if other < owner else np.subtract)(total, stream, out=total)
         return total
 

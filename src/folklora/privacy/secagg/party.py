@@ -125,7 +125,8 @@ class Party:
         masked = words + keystream(own_mask(self.session, self._own), len(words))
         for other, theirs in partners.items():
             if other != self.index:
-                stream = keystream(pair_mask(self.session, self._mask_key, theirs), len(words))
+                key = pair_mask(self.session, self._mask_key, theirs, self.index, other)
+                stream = keystream(key, len(words))
                 (np.add if self.index < other else np.subtract)(masked, stream, out=masked)
         return masked
 

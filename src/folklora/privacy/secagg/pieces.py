@@ -105,9 +105,10 @@ def own_mark(session: Session, secret: int) -> bytes:
     return derive_key(_bytes(secret), "own mark", session.head)[:MARK]
 
 
-def pair_mask(session: Session, own: X25519PrivateKey, theirs: bytes) -> bytes:
-    """The key of a pair's mask: the same from either side."""
-    return derive_key(agreed(own, theirs), "pair mask", session.head)
+def pair_mask(session: Session, own: X25519PrivateKey, theirs: bytes, one: int, other: int) -> bytes:
+    """The key of the mask of two members, by their indices: the same from either side, and no other pair's, even if
+    somebody shows a third one's key as its own (or one that agrees on the same: each has several)."""
+    return derive_key(agreed(own, theirs), "pair mask", session.head, struct.pack("<II", *sorted((one, other))))
 
 
 def _bytes(secret: int) -> bytes:

@@ -1,6 +1,6 @@
-"""What messages leak, and what defences cost: `folklora attack` and private runs over methods, batches, ranks and steps.
+"""What messages leak, and what defences cost: `folklora attack` and private runs, by method, batch, rank and steps.
 
-    python benchmarks/privacy.py --data ../shared/data          # --runs runs/privacy; pictures after `make models`
+    python benchmarks/privacy.py                                # --runs runs/privacy; pictures after `make models`
     python benchmarks/privacy.py --only "span,membership" --seed 0
     python benchmarks/privacy.py --list                         # what is done and what is left
     python benchmarks/privacy.py --collect                      # only rewrite the results from the runs
@@ -145,9 +145,6 @@ def _chosen(found: Iterator[Cell], only: list[str], seeds: list[int]) -> list[Ce
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data"), help="holds fashion_mnist/, goemotions/ ..."
-    )
     parser.add_argument("--runs", type=Path, default=Path("runs/privacy"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="cells whose label holds one of these, with commas")
@@ -158,7 +155,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     bench = Bench(given.runs.resolve(), given.results, {})
-    every = list(cells(given.data.resolve()))
+    every = list(cells())
     only, seeds = ([t for t in text.split(",") if t] for text in (given.only, given.seed))
     failed: dict[str, str] = {}
     if not (given.list or given.collect):

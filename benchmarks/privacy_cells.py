@@ -35,7 +35,7 @@ STEPS = (1, 2, 4, 8)
 EPSILONS = (8, 3, 1)
 SHADOWS = 16
 VIEWS: tuple[dict[str, Any], ...] = ({"view": "gradient", "knowledge": {"bases": True}}, {"view": "sent"})
-"""The worst case, and what really happens: an exact gradient with the client's private factors in hand, or the bytes."""
+"""The worst case, an exact gradient with the client's private tensors in hand; and what really happens: the bytes."""
 
 
 @dataclass(frozen=True)

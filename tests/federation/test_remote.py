@@ -277,7 +277,7 @@ def test_a_server_killed_while_it_begins_begins_again(
             whole = False
         monkeypatch.setattr(RunDirectory, "write", write)
         if whole:
-            assert writes == 3
+            assert writes == 4
             break
         begun = begin(fed.recipe, fed.path.with_name(f"begun-{writes}"), fed.members)
         assert reopen(begun.directory.path, fed.members).roster.run == begun.roster.run

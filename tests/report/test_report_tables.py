@@ -13,7 +13,9 @@ from rich.console import Console
 from folklora.errors import RunError
 from folklora.report.tables import (
     Spread,
+    columns,
     compare_table,
+    first_columns,
     grid,
     human_bytes,
     human_seconds,
@@ -95,6 +97,21 @@ def test_a_column_without_a_number_is_left_out_and_chosen_is_explained() -> None
     assert grid(rows)[0] == ["method", "accuracy %", "chosen %", "seeds"]
     assert "by its validation split" in compare_table(rows)
     assert "validation" not in compare_table([{"method": "a", "accuracy_mean": 0.5}])
+
+
+def test_what_privacy_cost_stands_beside_the_score_where_any_run_paid() -> None:
+    rows: list[dict[str, Any]] = [
+        {"method": "fedit", "accuracy_mean": 0.7, "seed": 0},
+        {"method": "ffa", "accuracy_mean": 0.6, "epsilon": 3.99512},
+        {"method": "local", "accuracy_mean": 0.5, "epsilon": 0.0},
+    ]
+    for choice in (columns, first_columns):
+        titles, lines = grid(rows, choice)
+        assert titles[:3] == ["method", "accuracy %", "epsilon"]
+        assert [line[2] for line in lines] == ["—", "4", "0"]
+        assert "epsilon" not in grid(rows[:1], choice)[0]
+    assert "Epsilon" in compare_table(rows)
+    assert "Epsilon" not in compare_table(rows[:1])
 
 
 @pytest.mark.parametrize("width", [50, 80, 100, 200])

@@ -1,0 +1,219 @@
+"""The tables of `privacy.py`'s results, from ``results/privacy.json`` alone; and of the attacks that there are."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from accuracy_tables import NOT_RUN, Row, label, load, markdown
+
+from folklora.privacy.attacks import describe
+
+WORST = ("gradient", True)
+SENT = ("sent", False)
+GRANTED = {WORST: "exact gradient, its own factors known", SENT: "what was sent"}
+"""View, and whether the attacker was granted the client's private tensors -> in words."""
+
+
+def attacks() -> str:
+    lines = [[f"`{a['name']}`", a["title"], a["paper"], a["forms"]] for a in describe()]
+    return markdown(["attack", "what it does", "paper", "on"], lines, left=4)
+
+
+def part(name: str, setting: str | None = None) -> list[Row]:
+    rows: list[Row] = load("privacy").get("rows", [])
+    return [row for row in rows if row["part"] == name and (setting is None or row["setting"] == setting)]
+
+
+def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+def percent(rows: Sequence[Row], metric: str) -> str:
+    """Mean over seeds, with its control in brackets: ``81.2 (0.3)``; of one seed so marked by the table's note."""
+    found = [row["metrics"][metric] for row in rows if metric in row["metrics"]]
+    if not found:
+        return "-"
+    mean, controls = statistics.fmean(m["mean"] for m in found), [m["control"] for m in found]
+    told = [control for control in controls if control is not None]
+    return f"{100 * mean:.0f}" + (f" ({100 * statistics.fmean(told):.0f})" if told else "")
+
+
+def seeds(rows: Sequence[Row]) -> str:
+    """How many seeds and victims a table rests on."""
+    if not rows:
+        return ""
+    numbers = sorted({row["seed"] for row in rows})
+    victims = sum({row["seed"]: row["victims_attacked"] for row in rows}.values())
+    told = f"seed{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+    return f"\n*{told}; {victims} victims for each number where all seeds are done.*\n"
+
+
+def variants(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(row["variant"] for row in rows))
+
+
+def by_batch(name: str, metric: str) -> Callable[[], str]:
+    """Methods by batch and by what the attacker is granted."""
+
+    def table() -> str:
+        rows = part(name)
+        if not rows:
+            return NOT_RUN
+        granted = [g for g in GRANTED if of(rows, view=g[0], bases=g[1])]
+        batches = sorted({row["batch"] for row in rows})
+        lines = [
+            [label(v)]
+            + [
+                percent(of(rows, variant=v, view=view, bases=bases, batch=batch), metric)
+                for view, bases in granted
+                for batch in batches
+            ]
+            for v in variants(rows)
+        ]
+        header = ["method", *(f"{GRANTED[g]}, batch {batch}" for g in granted for batch in batches)]
+        return markdown(header, lines) + seeds(rows)
+
+    return table
+
+
+def by_steps() -> str:
+    rows = part("local steps")
+    if not rows:
+        return NOT_RUN
+    steps = sorted({row["steps"] for row in rows})
+    lines = [
+        [label(v), *(percent(of(rows, variant=v, steps=n), "token_recall") for n in steps)] for v in variants(rows)
+    ]
+    return markdown(["method", *(f"{n} step{'s' if n > 1 else ''}" for n in steps)], lines) + seeds(rows)
+
+
+def reconstructed(name: str, shown: Sequence[tuple[str, str, int]]) -> Callable[[], str]:
+    """``shown``: metric, heading, digits (0: a percentage)."""
+
+    def table() -> str:
+        rows = part(name)
+        if not rows:
+            return NOT_RUN
+        lines = []
+        for view, bases in GRANTED:
+            for v in variants(rows):
+                found = of(rows, variant=v, view=view, bases=bases)
+                if found:
+                    cells = [_number(found, metric, digits) for metric, _, digits in shown]
+                    lines.append([label(v), GRANTED[view, bases], *cells])
+        return markdown(["method", "attacker holds", *(h for _, h, _ in shown)], lines, left=2) + seeds(rows)
+
+    return table
+
+
+def _number(rows: Sequence[Row], metric: str, digits: int) -> str:
+    if digits == 0:
+        return percent(rows, metric)
+    found = [row["metrics"][metric] for row in rows if metric in row["metrics"]]
+    if not found:
+        return "-"
+    mean, control = (statistics.fmean(m[key] for m in found) for key in ("mean", "control"))
+    return f"{mean:.{digits}f} ({control:.{digits}f})"
+
+
+INFERRED = (
+    ("once", "hit", "a class's mean is nearest to one of its own sentences, among candidates, %"),
+    ("once", "subset_precision", "sentences picked from a list of candidates that are the client's, %"),
+    ("membership", "loss_auc", "membership by loss, AUC, %"),
+    ("membership", "lira_offline_auc", "membership by LiRA, offline, AUC, %"),
+    ("labels", "sketch_distance", "labels off the sketch, total variation, %"),
+    ("labels", "shadows_distance", "labels off the update, total variation, %"),
+)
+"""Part, metric, and what it is; 50 is chance for an AUC, and a distance is small where labels are found out."""
+
+
+def inference() -> str:
+    rows = [row for name in ("once", "membership", "labels") for row in part(name)]
+    if not rows:
+        return NOT_RUN
+    told = [each for each in INFERRED if any(each[1] in r["metrics"] for r in of(rows, part=each[0]))]
+    lines = [
+        [label(v), *(percent(of(rows, part=name, variant=v), metric) for name, metric, _ in told)]
+        for v in variants(rows)
+    ]
+    return markdown(["method", *(words for *_, words in told)], lines) + seeds(rows)
+
+
+def epsilon() -> str:
+    """Accuracy under example-level privacy, by epsilon, and what the span attack still gets."""
+    rows, attacked = part("epsilon"), part("attacked under epsilon")
+    if not rows:
+        return NOT_RUN
+    asked = sorted({_epsilon(row["variant"]) for row in rows}, reverse=True)
+    plain = list(dict.fromkeys(_plain(row["variant"]) for row in rows))
+    lines = []
+    for method in plain:
+        line = [label(method)]
+        for each in asked:
+            found = [r for r in rows if _plain(r["variant"]) == method and _epsilon(r["variant"]) == each]
+            values = [100 * r["row"]["accuracy_mean"] for r in found]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            line.append(f"{statistics.fmean(values):.1f}{spread}" if values else "-")
+        for each in asked[1:]:
+            found = [r for r in attacked if _plain(r["variant"]) == method and _epsilon(r["variant"]) == each]
+            if attacked:
+                line.append(percent(found, "token_recall") if found else "-")
+        lines.append(line)
+    header = ["method", *("no noise" if e == NONE else f"epsilon {e:g}" for e in asked)]
+    header += [f"tokens told at epsilon {e:g}, %" for e in asked[1:]] if attacked else []
+    numbers = sorted({row["seed"] for row in rows})
+    return markdown(header, lines) + f"\n*Test accuracy, %; seeds {', '.join(map(str, numbers))}.*\n"
+
+
+NONE = float("inf")
+
+
+def _epsilon(variant: str) -> float:
+    return next((float(o.partition("=")[2]) for o in variant.split(":") if o.startswith("privacy.epsilon")), NONE)
+
+
+def _plain(variant: str) -> str:
+    return ":".join(o for o in variant.split(":") if not o.startswith("privacy."))
+
+
+def utility() -> str:
+    """What each method reaches on the same recipes."""
+    rows = part("utility")
+    if not rows:
+        return NOT_RUN
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    lines = []
+    for v in variants(rows):
+        cells = []
+        for setting in settings:
+            values = [100 * r["row"]["accuracy_mean"] for r in of(rows, variant=v, setting=setting)]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.1f}{spread}" if values else "-")
+        lines.append([label(v), *cells])
+    return markdown(["method", *(f"{s}, accuracy %" for s in settings)], lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "privacy-span": ("privacy", by_batch("span", "token_recall")),
+    "privacy-ranks": ("privacy", by_batch("span by rank", "token_recall")),
+    "privacy-steps": ("privacy", by_steps),
+    "privacy-texts": (
+        "privacy",
+        reconstructed(
+            "texts", (("token_recall", "tokens, %", 0), ("rouge_l", "ROUGE-L, %", 0), ("exact_match", "exact, %", 0))
+        ),
+    ),
+    "privacy-pictures": (
+        "privacy",
+        reconstructed(
+            "pictures",
+            (("mse", "MSE", 3), ("psnr", "PSNR, dB", 1), ("ssim", "SSIM", 2), ("perceptual", "perceptual distance", 2)),
+        ),
+    ),
+    "privacy-inference": ("privacy", inference),
+    "privacy-epsilon": ("privacy", epsilon),
+    "privacy-utility": ("privacy", utility),
+}
+"""Marker -> the results it needs, and what makes it."""

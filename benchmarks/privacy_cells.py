@@ -26,7 +26,7 @@ SETTINGS = {"banking77": TEXT, "banking77, halves": BALANCED, "fashion": PICTURE
 METHODS = ("local", "fedit", "ffa", "fedsa", "loraxs", "celora", "folklora")
 """Everything from all factors to none; the last three differ in the frame in which a core travels."""
 LEAKING = ("fedit", "ffa", "fedsa", "celora", "folklora")
-PRIVATE = ("fedit", "ffa", "loraxs", "celora:similarity=model", "folklora:head_start=zero")
+PRIVATE = ("fedit", "ffa", "loraxs", "celora:similarity=model", "folklora:head=private:head_start=zero")
 """Methods under differential privacy: nothing may leave outside the mechanism, so no class statistics."""
 CORES = ("celora", "folklora")
 RANKS = (8, 16, 32, 64)

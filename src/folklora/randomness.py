@@ -52,4 +52,9 @@ def secret_generator(secret: int, purpose: str, client: str = "", round: int = 0
     Of the seed of a torch generator on a CPU 32 bits count, and those of a derived seed are 63: too few where others
     see what the noise was added to and can try them all.
     """
-    return np.random.Generator(np.random.Philox(key=_hashed(16, secret, purpose, client, round)))
+    return np.random.Generator(np.random.Philox(key=derive_secret(secret, purpose, client, round)))
+
+
+def derive_secret(secret: int, purpose: str, client: str = "", round: int = 0) -> int:
+    """As `derive`, of 128 bits: a secret for `secret_generator` that follows from another one."""
+    return _hashed(16, secret, purpose, client, round)

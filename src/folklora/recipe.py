@@ -256,7 +256,7 @@ class PrivacySection(Section):
     unit: Literal["none", "client", "example"] = Field("none", description="whose presence is hidden")
     clip: float = Field(1.0, gt=0, le=1e6, description="L2: of a client's update, or of one example's gradient")
     noise: float | None = Field(
-        None, gt=0, le=1e6, description="multiplier: sd per unit of sensitivity; default: as epsilon wants it"
+        None, ge=1e-12, le=1e6, description="multiplier: sd per unit of sensitivity; default: as epsilon wants it"
     )
     epsilon: float | None = Field(None, gt=0, le=1e6, description="budget; with noise, the run stops before it is over")
     delta: float = Field(1e-5, gt=0, lt=1)

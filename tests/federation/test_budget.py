@@ -12,6 +12,7 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from folklora.errors import RecipeError
 from folklora.federation.budget import AWAY, Budget, begun, resolved_noise
 from folklora.federation.inspect import inspect
 from folklora.federation.run import resume, run
@@ -128,6 +129,7 @@ def test_the_run_stops_before_the_budget_is_exceeded_and_stays_so(
     assert spent["epsilon"] == pytest.approx(gaussian_epsilon(*[1.0] * rounds), rel=2e-3)
     assert (spent["budget"], spent["placement"], spent["clip"]) == (8.0, "server", 1.0)
     assert "epsilon 4.38 (delta 1e-05)" in ran.err
+    assert summary["row"]["epsilon"] == spent["epsilon"]
     assert resume(tmp_path / "run") == summary
     lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["privacy"]["epsilon"] == spent["epsilon"]
@@ -150,6 +152,15 @@ def test_a_sum_that_lost_its_noise_is_not_taken(tiny_recipe: Any, tmp_path: Path
     assert "beyond privacy.epsilon = 4" in summary["stopped"]
     assert summary["row"]["rounds"] < 6
     assert all(each["privacy"]["epsilon"] <= 4 for each in lines[1:])
+
+
+@pytest.mark.parametrize("unit", ["client", "example"])
+def test_noise_that_is_next_to_nothing_is_refused_or_has_a_price(tiny_recipe: Any, unit: str) -> None:
+    least = tiny_recipe("method.name=fedit", "data.limit=80", f"privacy.unit={unit}", "privacy.noise=1e-12")
+    found = budget(least)
+    assert 1e20 < found.spent(found.planned(2))["epsilon"] < math.inf
+    with pytest.raises(RecipeError, match=r"privacy\.noise = 1e-200"):
+        tiny_recipe(f"privacy.unit={unit}", "privacy.noise=1e-200")
 
 
 def test_a_method_that_sends_nothing_costs_nothing(tiny_recipe: Any, tmp_path: Path) -> None:

@@ -326,6 +326,10 @@ REFUSED = {
     "personal": (["method.name=celora", "method.similarity=model"], "takes more of uploads than their mean"),
     "hafl": (["method.name=hafl", "privacy.placement=client"], "numbers of rows that are sent as they are"),
     "hetlora": (["method.name=hetlora", "privacy.placement=client"], "numbers of rows"),
+    "some of ravan's heads, not at the first client": (
+        ["method.name=ravan", "adapter.rank=8", "method.budget=[4,2,4,4]", "privacy.placement=client"],
+        "numbers of rows",
+    ),
     "scaffold": (
         ["method.name=fedit", "method.scaffold=true", "train.optimizer=sgd", "privacy.placement=client"],
         "scaffold = false",

@@ -100,6 +100,26 @@ def test_a_private_sketch_is_paid_out_of_the_same_budget(tiny_recipe: Callable[.
         example.noise(costly, prepare(costly).method, 60)
 
 
+def test_what_a_private_sketch_costs_is_told_before_the_first_round(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, folklora: Callable[..., Any]
+) -> None:
+    options = ("method.name=folklora", "method.head_start=sketched", "method.dp_epsilon=1.0", "method.dp_delta=1e-5")
+    recipe = tiny_recipe(*PRIVATE[:3], *options, "train.rounds=1")
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml())
+    ran = folklora("run", path, "--out", tmp_path / "run")
+    assert ran.code == 0
+    first, last = (json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert first["round"] == 0
+    assert first["privacy"]["epsilon"] == pytest.approx(1.0, rel=1e-2)
+    assert set(first["privacy"]["clients"]) == set("0123")
+    assert last["privacy"]["epsilon"] > first["privacy"]["epsilon"]
+    (told,) = (line for line in ran.err.splitlines() if "round   0" in line)
+    assert "epsilon 1 (delta 1e-05)" in told
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["row"]["epsilon"] == last["privacy"]["epsilon"]
+
+
 def test_rounds_that_a_budget_affords(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe(*PRIVATE, "privacy.epsilon=8.0", "train.rounds=50")
     method, sizes = prepare(recipe).method, {"a": 60, "b": 20}

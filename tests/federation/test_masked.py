@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 
 pytest.importorskip("cryptography")
 
@@ -317,6 +318,35 @@ def test_a_member_masks_one_upload_in_a_session(tiny_recipe: Callable[..., Any])
     for topic in ("masks_open", "masks", "ckks"):
         with pytest.raises(MessageError):
             outlets[0].talk(1, topic, desk.invitation())
+
+
+@pytest.mark.parametrize("lie", ["weight", "range", "lr", "members"])
+def test_members_that_were_told_different_things_hide_each_other(tiny_recipe: Callable[..., Any], lie: str) -> None:
+    """Or a server has all but one send next to nothing, and reads that one's upload in the sum."""
+    told = {"range": "secure.range=1e6", "lr": "train.lr=1e-12"}
+    recipe = tiny_recipe("method.name=fedit", MASKS)
+    setup = prepare(recipe)
+    other = prepare(tiny_recipe("method.name=fedit", MASKS, told[lie])) if lie in told else setup
+    members = [Member(setup if not i else other, client) for i, client in enumerate(setup.data.splits)]
+    outlets: list[Any] = [each.outlet for each in members]
+    desk, attached = met(recipe, outlets)
+    total = None
+    for i, (member, outlet) in enumerate(zip(members, outlets, strict=True)):
+        outlet.attached = attached
+        if i and lie == "weight":
+            outlet.attached = masked.WEIGHT.pack(2**29) + attached[masked.WEIGHT.size :]
+        elif i and lie == "members":
+            outlet.parties += 1
+        message = member.method.send(1, member.client)
+        shapes = member.method.expected(1, {}, member.client.id)
+        words = masked.opened(desk.session, shapes, outlet.encode(1, message))
+        total = words if total is None else total + words
+    desk.survivors = desk.partners
+    for outlet in outlets:
+        outlet.parties = outlets[0].parties
+        desk.opened(outlet.index, outlet.talk(1, masked.OPEN, desk.question(outlet.index)))
+    left = total - desk.masks(len(total))  # nobody is lost: own masks alone
+    assert chisquare(np.bincount(left.view(np.uint8), minlength=256)).pvalue > 1e-6
 
 
 def test_a_member_opens_nothing_under_keys_that_it_was_not_shown(tiny_recipe: Callable[..., Any]) -> None:

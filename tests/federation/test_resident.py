@@ -21,6 +21,7 @@ from folklora.federation.folder import MemberFolder, locked
 from folklora.federation.orders import Order
 from folklora.federation.parties import Own, server_setup
 from folklora.federation.resident import Resident
+from folklora.federation.sampling import sampled
 from folklora.federation.standing import own_model
 from folklora.methods.base import Message
 from folklora.recipe import Recipe
@@ -213,6 +214,36 @@ def test_orders_for_others_of_other_runs_or_from_versions_that_are_not_here(serv
     assert server.hello(recipe=server.recipe.to_toml().replace("seed = 0", "seed = 1"))["status"] == "refused"
     assert server.hello(backbone="0" * 64)["status"] == "refused"
     assert server.ask("train", 1, base=0)["status"] == "done"
+
+
+def test_no_more_rounds_are_trained_than_the_noise_was_found_for(
+    tiny_recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A server that asks on, or asks whom nobody drew, would be told more than the budget says."""
+    for settings in (("privacy.unit=client", "privacy.placement=client"), ("privacy.unit=example",)):
+        options = ("method.name=fedit", "data.limit=80", "privacy.epsilon=5.0", "train.participation=0.5")
+        recipe = tiny_recipe(*options, *settings, "train.rounds=3")
+        server = Server(recipe, tmp_path / settings[0]).begin()
+        turns = [r for r in range(1, 4) if ONE in sampled(recipe, CLIENTS, r, 0)]
+        assert 0 < len(turns) < 3
+        base = 0
+        for round in range(1, 7):
+            answer = server.ask("train", round, base=base)
+            if round in turns:
+                assert answer["status"] == "done"
+                base = round
+            else:
+                assert answer["status"] == "refused"
+                assert "allowed" in answer["failure"]
+
+
+def test_no_score_on_what_is_trained_on_where_that_is_private(tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
+    options = ("method.name=fedit", "data.limit=80", "privacy.noise=1.0")
+    for unit in ("example", "client"):
+        server = Server(tiny_recipe(*options, f"privacy.unit={unit}"), tmp_path / unit).begin()
+        assert server.ask("score", 0, base=0, questions=["validation"])["status"] == "done"
+        answer = server.ask("score", 0, base=0, questions=["validation", "train"])
+        assert answer["status"] == ("refused" if unit == "example" else "done")
 
 
 def test_no_path_leaves_the_member(

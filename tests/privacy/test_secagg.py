@@ -128,7 +128,8 @@ def test_without_one_honest_pair_nothing_cancels() -> None:
         party = play.parties[one]
         left = masked[one] - pieces.keystream(pieces.own_mask(play.session, party._own), play.length)
         for other in play.parties.keys() - set(honest):
-            key = pieces.pair_mask(play.session, play.parties[other]._mask_key, keys[one], one, other)
+            alike = pieces.told(play.desk.attachment(), b"")
+            key = pieces.pair_mask(play.session, play.parties[other]._mask_key, keys[one], one, other, alike)
             stream = pieces.keystream(key, play.length)
             left = left - stream if one < other else left + stream
         rest[one] = left

@@ -397,6 +397,7 @@ def test_other_trainings_have_other_seeds_and_the_same_one_its_own() -> None:
         seed,
     }
     assert len(others) == 15
+    assert 2**96 < max(others) < 2**128  # of fewer bits, whoever knows the gradients could try them all
 
 
 # -- company ---------------------------------------------------------------------------------------------------------

@@ -10,8 +10,11 @@ own sum, ``sum_j w_ij x_j``, with weights that follow from the sketches, the num
 
 Who must trust whom:
 
-- Nobody needs to trust the server with what is in uploads and replies. It still sees sketches, numbers of examples,
-  losses and scores, and it is trusted to follow the protocol: ciphertexts are malleable.
+- A server that follows the protocol reads neither uploads nor replies; it still sees sketches, numbers of examples,
+  losses and scores.
+- Every member trusts the server to follow it. Ciphertexts are malleable, and a member cannot tell a mix from a made-up
+  reply: whether it refuses one, and its losses and scores after another, tell of the key. A coefficient of the secret
+  takes two replies (the number that `Key.decrypt` checks can be moved by it), all of the key some 4,000.
 - Every member is trusted by every other with the key: whoever has it reads whatever ciphertext it gets hold of. The
   server must hand no member's upload to another member, and one member that helps the server opens all uploads of all.
 - A member that sends noise, or encrypts with another key, spoils every mix that it has a weight in. The others notice

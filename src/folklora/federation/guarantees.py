@@ -33,8 +33,8 @@ def _refuse_leaks(recipe: Recipe, method: Method) -> None:
     """Whatever leaves a client beside the mechanism."""
     if recipe.privacy.unit != "client":
         return
-    clients = method.context.clients
-    indices = any(kind(name) == "index" for r in (1, 2) for name in method.expected(r, {}, clients[0]))
+    clients = method.context.clients  # all of them: some may send all rows, and others a choice
+    indices = any(kind(name) == "index" for c in clients for r in (1, 2) for name in method.expected(r, {}, c))
     ways = (
         (
             method.sketch_numbers() > 0,

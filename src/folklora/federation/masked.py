@@ -121,7 +121,8 @@ class MaskedOutlet(Outlet):
         if self.noted.setdefault(f"masked {session.id.hex()}", digest) != digest:
             raise MessageError("this session has masked another upload; allowed: the same again, or another session")
         shapes = {name: tuple(tensor.shape) for name, tensor in message.tensors.items()}
-        return sealed(session, shapes, self._party(session).mask(words, attached))
+        alike = terms(self.recipe, self.parties, most)
+        return sealed(session, shapes, self._party(session).mask(words, attached, alike))
 
     def _party(self, session: Session) -> Party:
         return Party(self.client.secret, self.index, self.size, session, self.common)
@@ -197,7 +198,7 @@ class MaskedIntake(Intake):
             total += words
         weights = sum(desk.keys[index].weight for index in desk.survivors)
         try:
-            total -= desk.masks(len(total))
+            total -= desk.masks(len(total), terms(self.recipe, self.parties, self.most))
             if total[-1] != weights:
                 raise MessageError(f"the weights in it sum to {total[-1]}, not {weights}")
         except MessageError as error:
@@ -239,6 +240,19 @@ class MaskedIntake(Intake):
 
 def _seen(session: Session) -> str:
     return f"keys {session.id.hex()}"
+
+
+TERMS = {"seed", "train", "method", "adapter", "message", "privacy", "secure"}
+
+
+def terms(recipe: Recipe, parties: int, most: int) -> bytes:
+    """What an upload follows from beside data and model, digested.
+
+    It goes into the masks: those of members that a server told different things do not cancel. Otherwise it could have
+    all but one member send next to nothing (by a larger range, a smaller ``train.lr``), and read that one in the sum.
+    """
+    told = recipe.model_dump_json(include=TERMS, exclude_defaults=True)
+    return hashlib.sha256(f"{parties} {most} {told}".encode()).digest()
 
 
 # -- an upload's bytes -------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from folklora.federation.folder import Brief, MemberFolder
 from folklora.federation.member import Member
 from folklora.federation.orders import Answer, Order, Record
 from folklora.federation.parties import Own, member_setup
+from folklora.federation.sampling import by_chance, sampled
 from folklora.federation.scores import bounded, written_for
 from folklora.federation.setup import Setup
 from folklora.recipe import Recipe
@@ -194,6 +195,7 @@ class Resident:
 
     def _train(self, order: Order) -> Answer:
         member = self._member(order)
+        self._refuse_unplanned(order, member.setup)
         self._take_in(order, member)
         member.outlet.attached = order.attached
         jobs = member.jobs(order.round)
@@ -210,6 +212,17 @@ class Resident:
         # What examples are protected from is not told in this way either.
         loss = 0.0 if setup.recipe.privacy.unit == "example" else results[0].loss
         return Answer.to(order, data=data, loss=loss)
+
+    def _refuse_unplanned(self, order: Order, setup: Setup) -> None:
+        """What protects this member was counted for the rounds that it is drawn in: it trains in no others."""
+        recipe, rounds = setup.recipe, setup.method.rounds()
+        if recipe.privacy.unit == "none":
+            return
+        if order.round > rounds:
+            raise Refused(f"a training in round {order.round} of a private run; allowed: rounds 1 to {rounds}")
+        drawn = by_chance(recipe) or self.client in sampled(recipe, setup.method.context.clients, order.round, 0)
+        if not drawn:
+            raise Refused(f"a training in round {order.round} of a private run; allowed: rounds that it is drawn in")
 
     def _talk(self, order: Order) -> Answer:
         member = self._member(order)
@@ -233,6 +246,8 @@ class Resident:
 
     def _one_score(self, member: Member, question: str, reply: bytes | None, *, written: bool) -> Score:
         split: Any = question.removesuffix("+reply")
+        if split == "train" and member.setup.recipe.privacy.unit == "example":
+            raise Refused("a score on training examples, which are private; allowed: validation, test")
         if question != split and reply is None:
             raise Refused(f"the question {question!r} comes without a reply")
         asked = member.question(split, reply if question != split else None)

@@ -181,7 +181,12 @@ class Rounds:
                 if welcome is not None:
                     ledger.down[client] += len(welcome)
                     self.engine.settle(client, welcome)
-        self.commit(0, self.clients, ledger.line(self.clients, 0, [], failed, None, None, None))
+        line = ledger.line(self.clients, 0, [], failed, None, None, None)
+        if self.budget is not None and (spent := self.budget.spent([line]))["epsilon"]:  # of a private sketch
+            line["privacy"] = spent
+        self.commit(0, self.clients, line)
+        if "privacy" in line:
+            self.progress.line(line)
 
     # -- one round -----------------------------------------------------------------------------------------------
 
@@ -414,6 +419,7 @@ class Rounds:
         written = summary(self.recipe, self.clients, self._committed(), self.run.metrics(), final, ledger)
         if self.budget is not None:
             written["privacy"] = self.budget.account(self.history)
+            written["row"]["epsilon"] = written["privacy"]["epsilon"]
         return {**written, "stopped_early": stopped_early, **({"stopped": self.halted} if self.halted else {})}
 
     def _global_score(self) -> Score | None:

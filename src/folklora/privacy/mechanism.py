@@ -5,8 +5,8 @@ when it is replaced by nothing, so C is the sum's L2 sensitivity; noise of stand
 sum is the Gaussian mechanism with multiplier z (`folklora.privacy.accounting`). Independent shares of sd z C / sqrt(m)
 of m clients add up to the same. Everything is float64, so that rounding adds nothing to the norm.
 
-The noise is Gaussian from a generator with a key of 128 bits that is not cryptographic (Philox), and is not hardened against attacks on floating-point
-rounding (Mironov 2012).
+The noise is Gaussian from a generator with a key of 128 bits (Philox), which is not cryptographic, and is not hardened
+against attacks on floating-point rounding (Mironov 2012).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 
 _STEPS = 1000
 _ENOUGH = 1e-12
-"""A step of the geometric median this small beside the rows' spread is the last one."""
+"""A step of the geometric median this small beside the median distance of rows is the last one."""
 
 
 def fewest(rule: str, liars: int) -> int:
@@ -81,8 +81,10 @@ def geometric_median(rows: Tensor) -> Tensor:
     """The point with the least sum of distances to all rows (RFA, arXiv 1912.13445), by Weiszfeld's iteration.
 
     As Vardi and Zhang mended it (PNAS 2000): it also leaves a row that it has landed on, where that is not the median.
+    Start and stop are by medians: beside the distance of one liar who says 1e38, all others would be one point.
     """
-    point, spread = rows.mean(dim=0), float((rows - rows.mean(dim=0)).norm())
+    point = median(rows)
+    spread = float((rows - point).norm(dim=1).median())
     for _ in range(_STEPS):
         away = (rows - point).norm(dim=1)
         there = away <= 1e-14 * spread

@@ -170,8 +170,9 @@ def encryption(facts: Facts) -> dict[str, Any]:
             "Encrypted mixing: clients send ciphertexts, and the server mixes them with plain weights without reading "
             "them (CKKS).",
             [
-                "Nobody needs to trust the server with what is in messages; it still sees what is sent once, numbers "
-                "of examples, losses and scores, and is trusted to mix as agreed.",
+                "The server is trusted to mix as agreed, and then cannot read messages; it still sees what is sent "
+                "once, numbers of examples, losses and scores. One that sends made-up replies can find the clients' "
+                "key by how they react.",
                 "Clients share one key: every client must trust every other not to use it with the server.",
                 "A client that sends noise spoils the mixes that it is in, which is noticed, and cannot be traced.",
             ],

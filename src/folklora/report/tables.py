@@ -103,8 +103,11 @@ SCORES = {
 
 def columns(metric: Metric) -> list[Column]:
     """All that a comparison tells a method by."""
+    score, *others = _scores(metric, "worst tenth", "tuned", "chosen", "global")
     return [
-        *_scores(metric, "worst tenth", "tuned", "chosen", "global"),
+        score,
+        Column("epsilon", "epsilon", "{:.3g}".format),
+        *others,
         *_beside(metric),
         Column("up / client / round", "bytes_up_per_client_round", human_bytes, counted=True),
         Column("once / client", "bytes_once_per_client", human_bytes, counted=True),
@@ -190,6 +193,8 @@ def note(rows: Sequence[Row]) -> str:
         parts.append("Up: bytes a client sends in a round; once: before the first round, both ways.")
     if Spread.of(rows, f"{metric.name}_chosen_mean") is not None:
         parts.append(CHOICE)
+    if Spread.of(rows, "epsilon") is not None:
+        parts.append("Epsilon: what differential privacy of training has cost; —: there was none.")
     return " ".join(parts)
 
 

@@ -32,7 +32,7 @@ from folklora.adapters.lowrank import Tensors
 from folklora.backbones.task import Example, Task
 from folklora.methods.work import Work
 from folklora.privacy.example import sampling, steps
-from folklora.randomness import derive, numpy_generator, secret_generator, torch_generator
+from folklora.randomness import derive, derive_secret, numpy_generator, secret_generator, torch_generator
 from folklora.recipe import Recipe, TrainSection
 
 NUMBERS = 2**25
@@ -94,7 +94,7 @@ def secret_seed(secret: int, client: str, round: int, work: Work, moments: Tenso
         for name, tensor in sorted(tensors.items()):
             digest.update(f" {part} {name} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return derive(secret, f"private/{work.branch}/{digest.hexdigest()}", client, round)
+    return derive_secret(secret, f"private/{work.branch}/{digest.hexdigest()}", client, round)
 
 
 def simulated_seed(secret: int, client: str, round: int, work: Work) -> int:

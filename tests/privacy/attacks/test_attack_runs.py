@@ -31,7 +31,7 @@ def test_the_same_seed_gives_the_same_bits(tiny_recipe: Callable[..., Any], name
     recipe = tiny_recipe("method.name=fedit")
     first, second = (attack(recipe, plan, tmp_path / str(i)) for i in range(2))
     assert _but_time(first) == _but_time(second)
-    written = json.loads((tmp_path / "0" / f"{name}-fedit-s0.json").read_text())
+    written = json.loads((tmp_path / "0" / f"{name}-fedit-sent-b2-e1-s0.json").read_text())
     assert _but_time(written) == json.loads(json.dumps(_but_time(first)))
     other = attack(recipe, replace(plan, seed=1, budget=1))
     assert other["victims"][0]["original"] != first["victims"][0]["original"]
@@ -80,7 +80,9 @@ def test_a_run_is_attacked_where_it_stands(tiny_recipe: Callable[..., Any], tmp_
     run(recipe, tmp_path / "run")
     found = attack(tmp_path / "run", plan)
     assert _but_time(found) == _but_time(attack(recipe, plan))
-    assert (tmp_path / "run" / "attacks" / "tag-fedit-s0.json").is_file()
+    assert (tmp_path / "run" / "attacks" / "tag-fedit-sent-b1-e1-s0.json").is_file()
+    attack(tmp_path / "run", replace(plan, knowledge=Knowledge(view="gradient", bases=True)))
+    assert len(list((tmp_path / "run" / "attacks").glob("*.json"))) == 2  # what differs lies side by side
     shutil.copytree(tmp_path / "run", tmp_path / "stopped")
     (tmp_path / "stopped" / "checkpoint-previous.json").replace(tmp_path / "stopped" / "checkpoint.json")
     (tmp_path / "stopped" / "summary.json").unlink()
@@ -119,7 +121,7 @@ def test_the_command(folklora: Callable[..., Any], recipe_file: Path, tmp_path: 
     assert ran.code == 0
     document = json.loads(ran.out)
     assert document["metrics"].keys() == {"token_recall", "rouge_1", "rouge_2", "rouge_l", "exact_match"}
-    assert (tmp_path / "found" / "tag-fedit-s0.json").is_file()
+    assert (tmp_path / "found" / "tag-fedit-sent-b1-e1-s0.json").is_file()
     shown = folklora("attack", recipe_file, *arguments)
     assert shown.code == 0
     assert "token_recall" in shown.out

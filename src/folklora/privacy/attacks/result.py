@@ -97,6 +97,14 @@ def _told(replica: Replica, played: Played) -> dict[str, Any]:
     return told
 
 
+def _name(document: dict[str, Any]) -> str:
+    """Tells attacks on one run apart: what was attacked, what was granted, and how large the batch was."""
+    variant = document["variant"].replace(":", "__").replace("/", "_")
+    granted = f"{document['view']}{'-bases' if document['knowledge']['bases'] else ''}"
+    of = f"b{document['batch']}-e{document['steps']}-s{document['seed']}"
+    return f"{document['attack']}-{variant}-{granted}-{of}"
+
+
 def write(folder: Path, document: dict[str, Any], replica: Replica, played: Sequence[Played]) -> None:
     """The document as JSON, and of pictures a gallery.
 
@@ -105,7 +113,7 @@ def write(folder: Path, document: dict[str, Any], replica: Replica, played: Sequ
     RunError
         If the folder cannot be written.
     """
-    name = f"{document['attack']}-{document['variant'].replace(':', '__').replace('/', '_')}-s{document['seed']}"
+    name = _name(document)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")

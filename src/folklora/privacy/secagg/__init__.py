@@ -9,7 +9,8 @@ members u, v, ... and a threshold t:
    secrets, that of its mask key and that of a mask of its own, and sends each v its points, encrypted for v. What any
    t - 1 know of a secret is nothing [Shamir 1979].
 3. Masked upload. ``y_u = x_u + own mask of u + sum over v > u of mask(u, v) - sum over v < u of mask(u, v)``, where
-   ``mask(u, v)`` is known to u and v only. In the sum of all y the pairs' masks cancel.
+   ``mask(u, v)`` is known to u and v only, and follows from who they are and what they were told, too: it is another
+   one for whoever shows u's key as its own, or was told another thing. In the sum of all y the pairs' masks cancel.
 4. Opening. Those whose uploads arrived are asked for points: of the own mask of each upload that arrived, of the mask
    key of each that did not. With t of each the server takes the own masks, and the pairs' masks that found no partner,
    off the sum. Nobody ever tells both of one member, and t is more than half of the round's members, so no t of them

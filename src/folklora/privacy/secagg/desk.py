@@ -25,6 +25,7 @@ from folklora.privacy.secagg.pieces import (
     own_mark,
     own_mask,
     pair_mask,
+    told,
 )
 from folklora.privacy.secagg.wire import ASKED, ENTRY, KEYS, POINT, SENT, Session, listed
 
@@ -125,15 +126,15 @@ class Desk:
                 f"its points of {whose} ({len(wrong)} of {len(self.partners)}) are not those that were dealt"
             )
 
-    def masks(self, count: int) -> Words:
-        """What is to be taken off the sum of the survivors' masked vectors.
+    def masks(self, count: int, terms: bytes = b"") -> Words:
+        """What is to be taken off the sum of the survivors' masked vectors; ``terms`` as of `Party.mask`.
 
         Raises
         ------
         MessageError
             If points of some member are too few, or are not of the secret that it began with.
         """
-        total = np.zeros(count, dtype=np.uint32)
+        total, alike = np.zeros(count, dtype=np.uint32), told(self.attachment(), terms)
         weights: dict[tuple[int, ...], list[int]] = {}
         for owner in self.partners:
             secret = self._secret(owner, weights)
@@ -146,7 +147,7 @@ class Desk:
             if key.public_key().public_bytes_raw() != self.keys[owner].mask:
                 raise MessageError(f"member {self._name(owner)} dealt points of another key than its own")
             for other in self.survivors:
-                stream = keystream(pair_mask(self.session, key, self.keys[other].mask, owner, other), count)
+                stream = keystream(pair_mask(self.session, key, self.keys[other].mask, owner, other, alike), count)
                 (np.add if other < owner else np.subtract)(total, stream, out=total)
         return total
 

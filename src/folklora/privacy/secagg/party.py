@@ -28,6 +28,7 @@ from folklora.privacy.secagg.pieces import (
     pair_mask,
     point,
     polynomial,
+    told,
 )
 from folklora.privacy.secagg.wire import ASKED, ENTRY, KEYS, POINT, SEALED, SENT, Session, entries_of, split
 
@@ -109,8 +110,13 @@ class Party:
             raise MessageError("a roll with other keys for this member; allowed: its own")
         return keys
 
-    def mask(self, words: Words, attached: bytes) -> Words:
+    def mask(self, words: Words, attached: bytes, terms: bytes = b"") -> Words:
         """Step 3, with those whose points arrived.
+
+        Parameters
+        ----------
+        terms
+            What made the words of numbers. Masks cancel among members that have the same, and were told the same.
 
         Raises
         ------
@@ -122,10 +128,11 @@ class Party:
             index: mask for (index, (_, mask)), there in zip(self._roll(roll).items(), marks, strict=True) if there
         }
         self._all_known(list(partners), "a list of partners")
+        alike = told(attached, terms)
         masked = words + keystream(own_mask(self.session, self._own), len(words))
         for other, theirs in partners.items():
             if other != self.index:
-                key = pair_mask(self.session, self._mask_key, theirs, self.index, other)
+                key = pair_mask(self.session, self._mask_key, theirs, self.index, other, alike)
                 stream = keystream(key, len(words))
                 (np.add if self.index < other else np.subtract)(masked, stream, out=masked)
         return masked

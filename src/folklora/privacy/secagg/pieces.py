@@ -105,10 +105,19 @@ def own_mark(session: Session, secret: int) -> bytes:
     return derive_key(_bytes(secret), "own mark", session.head)[:MARK]
 
 
-def pair_mask(session: Session, own: X25519PrivateKey, theirs: bytes, one: int, other: int) -> bytes:
-    """The key of the mask of two members, by their indices: the same from either side, and no other pair's, even if
-    somebody shows a third one's key as its own (or one that agrees on the same: each has several)."""
-    return derive_key(agreed(own, theirs), "pair mask", session.head, struct.pack("<II", *sorted((one, other))))
+def pair_mask(session: Session, own: X25519PrivateKey, theirs: bytes, one: int, other: int, told: bytes) -> bytes:
+    """The key of the mask of two members, by their indices: the same from either side if both were ``told`` the same.
+
+    It is no other pair's, even if somebody shows a third one's key as its own (or one that agrees on the same: each has
+    several).
+    """
+    pair = struct.pack("<II", *sorted((one, other)))
+    return derive_key(agreed(own, theirs), "pair mask", session.head, pair, told)
+
+
+def told(attached: bytes, terms: bytes) -> bytes:
+    """What everybody must have been told alike, for masks to cancel."""
+    return hashlib.sha256(struct.pack("<Q", len(attached)) + attached + terms).digest()
 
 
 def _bytes(secret: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The pictures of `accuracy.py`'s results, from ``results/accuracy.json`` alone.
+"""The pictures of `accuracy.py`'s results, from ``results/accuracy.json`` alone; and those of `privacy_figures.py`.
 
 python benchmarks/figures.py            # rewrite docs/figures/*.png
 python benchmarks/figures.py --check    # exit 1 if one is out of date
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import accuracy_tables
+import privacy_figures
 from accuracy_tables import MAIN, Results, accuracy_results, bought_results, equal_rank, own_model
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -233,7 +234,7 @@ def main() -> None:
     arguments = parser.parse_args()
     accuracy_tables.RESULTS = arguments.results
     stale = []
-    for file, draw in pictures(accuracy_results()).items():
+    for file, draw in {**pictures(accuracy_results()), **privacy_figures.PICTURES}.items():
         figure, path = draw(), arguments.to / f"{file}.png"
         if figure is None:
             continue

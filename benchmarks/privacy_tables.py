@@ -22,7 +22,7 @@ def attacks() -> str:
 
 
 def part(name: str, setting: str | None = None) -> list[Row]:
-    rows: list[Row] = load("privacy").get("rows", [])
+    rows: list[Row] = (load("privacy") or {}).get("rows", [])
     return [row for row in rows if row["part"] == name and (setting is None or row["setting"] == setting)]
 
 

@@ -205,10 +205,9 @@ def reported(facts: Facts) -> list[Reported]:
     if facts.uploads:
         every = facts.recipe.train.evaluate_every
         often = "each round" if every == 1 else f"every {every} rounds"
-        found += [
-            Reported("the mean training loss", "each round", "How well its examples are already known."),
-            Reported(f"the {_score(facts)} on its validation split", often, "How well it does."),
-        ]
+        if facts.recipe.privacy.unit != "example":  # else it is kept at home: no noise is on it
+            found.append(Reported("the mean training loss", "each round", "How well its examples are already known."))
+        found.append(Reported(f"the {_score(facts)} on its validation split", often, "How well it does."))
     found.append(Reported(f"the {_score(facts)} on its validation and test splits", "at the end", "How well it does."))
     if not facts.simulated:
         found += [

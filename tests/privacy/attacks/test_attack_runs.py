@@ -70,7 +70,7 @@ def test_pictures_come_with_a_gallery(picture_recipe: Callable[..., Any], tmp_pa
                 kind, _, data = uri.partition(",")
                 assert kind == "data:image/png;base64"
                 assert Image.open(io.BytesIO(base64.b64decode(data))).size == (12, 12)
-    with Image.open(tmp_path / "inverting-fedit-s0.png") as sheet:
+    with Image.open(tmp_path / "inverting-fedit-sent-b2-e1-s0.png") as sheet:
         assert sheet.size == (4 + 4 * (12 * 3 + 4), 4 + 3 * (12 * 3 + 4))
 
 

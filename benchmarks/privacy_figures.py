@@ -1,0 +1,115 @@
+"""The pictures of `privacy.py`'s results, from ``results/privacy.json`` alone; drawn by `figures.py`."""
+
+from __future__ import annotations
+
+import base64
+import io
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from privacy_tables import GRANTED, SENT, WORST, of, part, variants
+
+from folklora.report.style import canvas, clean, drawing, headline, percent_axis
+
+SHOWN = 4
+"""Victims in the gallery."""
+
+
+def ranks() -> Figure | None:
+    """Tokens told against the core's size, by batch: the worst case for a core."""
+    rows = part("span by rank")
+    if not rows:
+        return None
+    with drawing("light") as theme:
+        methods = sorted({row["variant"].partition(":")[0] for row in rows})
+        figure = canvas(3.4)
+        axes = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+        for ax, method in zip(axes, methods, strict=True):
+            clean(ax, theme)
+            own = [row for row in rows if row["variant"].startswith(f"{method}:")]
+            for i, batch in enumerate(sorted({row["batch"] for row in own})):
+                told = {}
+                for row in of(own, batch=batch):
+                    told.setdefault(_rank(row["variant"]), []).append(row["metrics"]["token_recall"]["mean"])
+                at = sorted(told)
+                values = [statistics.fmean(told[rank]) for rank in at]
+                ax.plot(at, values, marker="o", color=theme.palette[i], label=f"batch {batch}", linewidth=1.8)
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(sorted({_rank(row["variant"]) for row in own}))
+            ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
+            ax.set_xlabel("rank r of the core")
+            ax.set_title(method, loc="left", fontsize=10)
+        percent_axis(axes[0])
+        axes[0].set_ylim(-0.03, 1.03)
+        axes[0].set_ylabel("tokens told exactly")
+        axes[-1].legend(frameon=False, fontsize=8)
+        headline(figure, "What a core's exact gradient tells of a text, by its size")
+        return figure
+
+
+def _rank(variant: str) -> int:
+    return int(next(o for o in variant.split(":") if o.startswith("adapter.rank=")).partition("=")[2])
+
+
+def trade() -> Figure | None:
+    """Tokens told from what was really sent, against test accuracy."""
+    rows, reached = of(part("span"), view=SENT[0], bases=SENT[1], batch=1), part("utility", "banking77")
+    methods = [v for v in variants(rows) if of(reached, variant=v)]
+    if not methods:
+        return None
+    with drawing("light") as theme:
+        figure = canvas(3.6, 6.0)
+        ax = clean(figure.add_subplot(), theme)
+        for i, method in enumerate(methods):
+            x = statistics.fmean(row["row"]["accuracy_mean"] for row in of(reached, variant=method))
+            y = statistics.fmean(row["metrics"]["token_recall"]["mean"] for row in of(rows, variant=method))
+            ax.plot([x], [y], marker="o", markersize=8, color=theme.palette[i])
+            ax.annotate(method, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=9)
+        ax.set_xlabel("test accuracy after the last round")
+        ax.set_ylabel("tokens told, of what was sent")
+        ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
+        percent_axis(ax)
+        ax.set_ylim(-0.03, 1.03)
+        ax.margins(x=0.15)
+        headline(figure, "Leakage against accuracy (Banking77, one text a batch)")
+        return figure
+
+
+def gallery() -> Figure | None:
+    """Pictures: originals, what each method's message gave away, and the control."""
+    rows = [row for row in of(part("pictures"), view=WORST[0], bases=WORST[1]) if row["victims"]]
+    if not rows:
+        return None
+    first = {row["variant"]: row for row in reversed(rows)}
+    lines: list[tuple[str, list[str]]] = []
+    for variant, row in reversed(list(first.items())):
+        victims = row["victims"]
+        if not lines:
+            lines.append(("original", [p for v in victims for p in v["original"]][:SHOWN]))
+        lines.append((variant, [p for v in victims for p in v["recovered"]][:SHOWN]))
+    lines.append(("control", [p for v in next(iter(first.values()))["victims"] for p in v["control"]][:SHOWN]))
+    with drawing("light"):
+        figure = canvas(0.6 + 1.1 * len(lines[0][1]), 1.1 * len(lines))
+        axes = figure.subplots(len(lines[0][1]), len(lines), squeeze=False)
+        for column, (name, pictures) in enumerate(lines):
+            for line, picture in enumerate(pictures):
+                data = base64.b64decode(picture.partition(",")[2])
+                axes[line, column].imshow(
+                    np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), interpolation="nearest"
+                )
+            axes[0, column].set_title(name, fontsize=9)
+        for ax in axes.flat:
+            ax.axis("off")
+        headline(figure, GRANTED[WORST])
+        return figure
+
+
+PICTURES: dict[str, Callable[[], Figure | None]] = {
+    "privacy-ranks": ranks,
+    "privacy-accuracy": trade,
+    "privacy-gallery": gallery,
+}
+"""File -> what draws it."""

@@ -1,0 +1,123 @@
+"""What `privacy.py` runs and keeps, and what its tables and pictures make of it, with attacks that only take notes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import accuracy_tables
+import privacy
+import privacy_cells
+import privacy_figures
+import privacy_tables
+import pytest
+
+from folklora.errors import AttackError
+from folklora.methods import METHODS
+from folklora.privacy.attacks import ATTACKS
+from folklora.privacy.attacks.run import Plan
+from folklora.recipe import Recipe
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC"
+)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """`told`: the share of tokens that an attack on a batch finds; `fails`: attacks that cannot be."""
+    found = SimpleNamespace(attacked=[], ran=[], fails=set(), results=tmp_path / "results", told=lambda p: 1 / p.batch)
+
+    def attack(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+        if plan.attack in found.fails:
+            raise AttackError("it cannot be")
+        found.attacked.append((plan.attack, plan.method, plan.batch, recipe.seed))
+        one = {"mean": found.told(plan), "control": 0.0, "gain": found.told(plan), "higher": True, "values": [1.0]}
+        names = ("token_recall", "rouge_l", "exact_match", "mse", "psnr", "ssim", "perceptual", "hit", "loss_auc")
+        victim = {"client": "3", "original": [PIXEL], "recovered": [PIXEL], "control": [PIXEL]}
+        document = {"metrics": dict.fromkeys(names, one), "victims": [victim] * 4, "knowledge": {}}
+        return {**document, "bytes": 10, "seconds": 1.0, "unmatched": []}
+
+    def perform(recipe: Recipe, path: Path) -> dict[str, Any]:
+        found.ran.append((recipe.method.name, recipe.privacy.epsilon, recipe.seed))
+        path.mkdir(parents=True)
+        row = {"accuracy_mean": 0.5 if recipe.privacy.epsilon else 0.8, "seed": recipe.seed}
+        (path / "summary.json").write_text(json.dumps({"row": row}))
+        spent = (
+            {"unit": "example", "epsilon": recipe.privacy.epsilon, "delta": 1e-5} if recipe.privacy.epsilon else None
+        )
+        (path / "metrics.jsonl").write_text(json.dumps({"round": 1, "privacy": spent}) + "\n")
+        return row
+
+    def run(*given: str) -> dict[str, Any]:
+        base = ["privacy.py", "--runs", str(tmp_path / "runs"), "--results", str(found.results), "--threads", "1"]
+        monkeypatch.setattr(sys, "argv", [*base, *given])
+        with pytest.raises(SystemExit) as left:
+            privacy.main()
+        found.status = left.value.code
+        return json.loads((found.results / "privacy.json").read_text())
+
+    found.run = run
+    monkeypatch.setattr(privacy, "attack", attack)
+    monkeypatch.setattr(privacy, "perform", perform)
+    monkeypatch.setattr(accuracy_tables, "RESULTS", found.results)
+    return found
+
+
+def test_every_cell_is_another_one_and_can_be() -> None:
+    cells = list(privacy_cells.cells())
+    assert len({(cell.part, cell.name) for cell in cells}) == len(cells)
+    for cell in cells:
+        assert cell.method.partition(":")[0] in METHODS
+        if isinstance(cell, privacy_cells.Attacked):
+            assert cell.plan.attack in ATTACKS
+    assert {cell.seed for cell in cells} == set(privacy_cells.SEEDS)
+    from folklora.methods import check_options
+
+    for entry in {cell.method for cell in cells if cell.setting == "banking77"}:
+        recipe = privacy_cells.variant(privacy_cells.Cell("", "banking77", entry, 0).base, entry, 0)
+        check_options(recipe.method.name, recipe.method.options)
+
+
+def test_what_is_done_is_not_done_again_and_what_fails_is_told(
+    bench: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.fails = {"mixture"}
+    bench.run("--only", "span by rank,once,epsilon;", "--seed", "0")
+    assert bench.status == 1
+    assert "it cannot be" in capsys.readouterr().err
+    first = (list(bench.attacked), list(bench.ran))
+    assert first[0]
+    assert first[1]
+    bench.fails = set()
+    document = bench.run("--only", "span by rank,once,epsilon;", "--seed", "0")
+    assert bench.status == 0
+    assert {name for name, *_ in bench.attacked[len(first[0]) :]} == {"mixture"}
+    assert bench.ran == first[1]
+    epsilons = {row["row"]["privacy"]["epsilon"] for row in document["rows"] if row.get("row", {}).get("privacy")}
+    assert epsilons == set(privacy_cells.EPSILONS)
+
+
+def test_tables_and_pictures_are_what_was_measured(bench: SimpleNamespace) -> None:
+    bench.run("--seed", "0")
+    lines = privacy_tables.TABLES["privacy-ranks"][1]().splitlines()
+    assert "| celora `rank=8` `alpha=16` | 100 (0) | 50 (0) | 25 (0) |" in lines
+    span = privacy_tables.TABLES["privacy-span"][1]()
+    assert "exact gradient, its own factors known, batch 4" in span
+    assert "20 victims" not in span
+    assert "4 victims for each number" in span
+    epsilon = privacy_tables.TABLES["privacy-epsilon"][1]().splitlines()
+    assert epsilon[0].startswith("| method | no noise | epsilon 8 | epsilon 3 | epsilon 1 | tokens told at epsilon 8")
+    assert epsilon[2].startswith("| fedit | 80.0 | 50.0 | 50.0 | 50.0 | 100 (0)")
+    for name, (_, table) in privacy_tables.TABLES.items():
+        assert "|" in table(), name
+    for name, draw in privacy_figures.PICTURES.items():
+        assert draw() is not None, name
+
+
+def test_nothing_measured_is_said(bench: SimpleNamespace) -> None:
+    assert all(accuracy_tables.NOT_RUN in table() for _, table in privacy_tables.TABLES.values())
+    assert all(draw() is None for draw in privacy_figures.PICTURES.values())

@@ -120,7 +120,7 @@ def _number(rows: Sequence[Row], metric: str, digits: int) -> str:
 
 INFERRED = (
     ("once", "hit", "a class's mean is nearest to one of its own sentences, among candidates, %"),
-    ("once", "subset_precision", "sentences picked from a list of candidates that are the client's, %"),
+    ("once", "summed_precision", "sentences picked from a list of candidates that are the client's, %"),
     ("membership", "loss_auc", "membership by loss, AUC, %"),
     ("membership", "lira_offline_auc", "membership by LiRA, offline, AUC, %"),
     ("labels", "sketch_distance", "labels off the sketch, total variation, %"),

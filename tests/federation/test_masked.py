@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from scipy.stats import chisquare
 
 pytest.importorskip("cryptography")
 
-from folklora.errors import FolkLoraError, MessageError, RunError
+from folklora.errors import FolkLoraError, MessageError, RecipeError, RunError
 from folklora.federation import masked
 from folklora.federation.faults import FaultyEngine
 from folklora.federation.inspect import inspect
@@ -26,6 +27,7 @@ from folklora.federation.member import Member
 from folklora.federation.orders import Order
 from folklora.federation.parties import Own
 from folklora.federation.rounds import Rounds
+from folklora.federation.run import run
 from folklora.federation.secrecy import secrecy, threshold
 from folklora.federation.setup import prepare
 from folklora.methods.base import Message
@@ -473,8 +475,8 @@ def having(recipe: Recipe, key: Callable[[str], Key | None]) -> Callable[[str], 
         (["method.name=fedit", "train.participation=0.25"], "with 1 client a round"),
         (["method.name=fedit", "robust.rule=median"], 'robust.rule = "median"'),
         (["method.name=fedit", "method.head_start=zero", "privacy.unit=client", "privacy.noise=1.0"], "placement"),
-        ([*SHARES, "privacy.clip=3"], r"secure.range = 8 .* sd 1.5: .*; allowed: 12 to "),
-        ([*SHARES, "secure.range=1e6", "privacy.clip=1e-3"], r"allowed: 0\.004 to 4194"),
+        ([*SHARES, "privacy.clip=3"], r"secure.range = 8 .* sd 1.5: .*; allowed: 15 to "),
+        ([*SHARES, "secure.range=1e6", "privacy.clip=1e-3"], r"allowed: 0\.005 to 4194"),
     ],
     ids=str,
 )
@@ -496,6 +498,16 @@ def test_a_sum_is_opened_by_more_than_half(clients: int, participation: float, s
     told = secrecy(recipe, clients)
     assert f"masks, threshold {needed} of {recipe.train.sampled(clients)} clients a round" in told["words"]
     assert secrecy(Recipe.parse({"data": {"clients": clients}}), clients) == {"kind": "none"}
+
+
+def test_no_share_of_the_noise_is_cut_off_at_the_range(tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
+    """Where the others' numbers are cut off, so is their noise, and the sum has that of one member alone."""
+    share = 8 * 1.0 / math.sqrt(4)
+    with pytest.raises(RecipeError, match="allowed: 5 to"):
+        prepare(tiny_recipe(MASKS, *SMALL, *SHARES, f"secure.range={share + 0.9}"))
+    with pytest.raises(RunError, match=r"what is known of uploads is up to .*allowed: a larger secure\.range"):
+        run(tiny_recipe(MASKS, *SMALL, *SHARES, f"secure.range={share + 1.001}"), tmp_path / "tight")
+    run(tiny_recipe(MASKS, *SMALL, *SHARES, f"secure.range={share + 3}"), tmp_path / "wide")
 
 
 def test_members_noise_shares_go_under_the_masks(tiny_recipe: Callable[..., Any], play: Callable[..., Any]) -> None:

@@ -220,10 +220,10 @@ def test_no_more_rounds_are_trained_than_the_noise_was_found_for(
     tiny_recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     """A server that asks on, or asks whom nobody drew, would be told more than the budget says."""
-    for settings in (("privacy.unit=client", "privacy.placement=client"), ("privacy.unit=example",)):
+    for unit in (("privacy.unit=client", "privacy.placement=client"), ("privacy.unit=example",)):
         options = ("method.name=fedit", "data.limit=80", "privacy.epsilon=5.0", "train.participation=0.5")
-        recipe = tiny_recipe(*options, *settings, "train.rounds=3")
-        server = Server(recipe, tmp_path / settings[0]).begin()
+        recipe = tiny_recipe(*options, *unit, "train.rounds=3")
+        server = Server(recipe, tmp_path / unit[0]).begin()
         turns = [r for r in range(1, 4) if ONE in sampled(recipe, CLIENTS, r, 0)]
         assert 0 < len(turns) < 3
         base = 0

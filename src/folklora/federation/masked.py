@@ -43,7 +43,7 @@ from folklora.federation.engine import Engine
 from folklora.federation.intake import Intake
 from folklora.federation.ledger import Ledger
 from folklora.federation.outlet import Outlet
-from folklora.federation.secrecy import parties, threshold
+from folklora.federation.secrecy import parties, refuse_cut_noise, threshold
 from folklora.federation.setup import Setup
 from folklora.methods.base import Client, Message, Method, State
 from folklora.privacy.fixedpoint import Floats, Grid, Words
@@ -102,6 +102,8 @@ class MaskedOutlet(Outlet):
     def encode(self, round: int, message: Message) -> bytes:
         if self.attached is None:
             raise MessageError("no partners came along to mask with")
+        if self.recipe.privacy.unit == "client":
+            refuse_cut_noise(self.recipe, self.method, self.uplink.reference(round, message))
         message = self.protect(round, message)
         (most,) = WEIGHT.unpack_from(self.attached) if len(self.attached) >= WEIGHT.size else (0,)
         attached = self.attached[WEIGHT.size :]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from folklora.errors import MethodError, RecipeError
+from folklora.adapters.lowrank import Tensors
+from folklora.errors import MessageError, MethodError, RecipeError
 from folklora.federation.budget import resolved_noise
 from folklora.methods.base import Method
 from folklora.privacy.fixedpoint import Grid
@@ -73,13 +74,39 @@ def refuse_unmaskable(recipe: Recipe, method: Method) -> None:
 def _refuse_lost_noise(recipe: Recipe, method: Method, count: int) -> None:
     """The accountant adds up shares as they were drawn: none may be cut off at the range, nor vanish in a step of the
     grid (`folklora.privacy.fixedpoint`)."""
-    deviation = recipe.privacy.clip * resolved_noise(recipe, method) / math.sqrt(count)
+    deviation = _share(recipe, method, count)
     steps = (2**31 - 1) // count
-    least, most = DEVIATIONS * deviation, deviation * steps / STEPS
+    least, most = recipe.privacy.clip + DEVIATIONS * deviation, deviation * steps / STEPS
     if not least <= recipe.secure.range <= most:
         raise RecipeError(
             f'secure.range = {recipe.secure.range:g} with privacy.placement = "shares", each of sd {deviation:.3g}: '
             f"noise would be clipped, or rounded away; allowed: {least:.4g} to {most:.4g}"
+        )
+
+
+def _share(recipe: Recipe, method: Method, count: int) -> float:
+    """Standard deviation of one share of the noise."""
+    return recipe.privacy.clip * resolved_noise(recipe, method) / math.sqrt(count)
+
+
+def refuse_cut_noise(recipe: Recipe, method: Method, reference: Tensors) -> None:
+    """The same in a round, whose uploads lie around what all know of them: whether it is refused tells of no update.
+
+    Raises
+    ------
+    MessageError
+        If an update and a share of noise may not fit into the range.
+    """
+    if recipe.privacy.unit != "client" or recipe.privacy.placement != "shares":
+        return
+    share = _share(recipe, method, parties(recipe, len(method.context.clients)))
+    known = max((float(tensor.abs().max()) for tensor in reference.values()), default=0.0)
+    least = known + recipe.privacy.clip + DEVIATIONS * share
+    if least > recipe.secure.range:
+        raise MessageError(
+            f"what is known of uploads is up to {known:.3g}, an update up to {recipe.privacy.clip:g}, a share of noise "
+            f"of sd {share:.3g}: noise may be cut off at {recipe.secure.range:g}; allowed: a larger secure.range, at "
+            f"least {least:.4g}"
         )
 
 

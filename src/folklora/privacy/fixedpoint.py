@@ -13,7 +13,8 @@ as it was beyond R.
 
 Where members add shares of noise (``privacy.placement = "shares"``), each share is rounded by itself, which an
 accountant of real-valued noise does not count: a step, R * n / 2^31, has to be far below the noise, and R far above
-it (`folklora.federation.secrecy` refuses the rest).
+it and all that it is added to: where the others' numbers are cut off, so is their noise
+(`folklora.federation.secrecy` refuses the rest).
 """
 
 from __future__ import annotations

@@ -271,6 +271,11 @@ class PrivacySection(Section):
             raise ValueError(f'unit = "{self.unit}" without noise; allowed: noise, epsilon, or both')
         return self
 
+    @property
+    def tells_losses(self) -> bool:
+        """Whether clients tell their exact training losses: not where their words alone must not tell who they are."""
+        return self.unit == "none" or (self.unit == "client" and self.placement == "server")
+
 
 class SecureSection(Section):
     """What the server is kept from reading."""

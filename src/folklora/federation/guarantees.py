@@ -2,8 +2,8 @@
 
 Differential privacy of clients is a promise about everything that leaves them: all of it goes through the clip and the
 noise (`folklora.federation.clipping`), or it must not leave. A sketch is none of it, not even a private one: its noise
-hides an example, and not a client. Nor may anything be chosen by scores, which are said in the clear; scores and
-training losses themselves are told to the server, and no guarantee covers them.
+hides an example, and not a client. Nor may anything be chosen by scores, which are said in the clear; no
+guarantee covers scores, nor the training losses that are told where the server is trusted with the noise.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ class Resident:
         self._save(order, order.round, member)
         log.info("%s: loss %.4f; %d bytes sent", _what(order), results[0].loss, len(data or b""))
         # What examples are protected from is not told in this way either.
-        loss = 0.0 if setup.recipe.privacy.unit == "example" else results[0].loss
+        loss = results[0].loss if setup.recipe.privacy.tells_losses else 0.0
         return Answer.to(order, data=data, loss=loss)
 
     def _refuse_unplanned(self, order: Order, setup: Setup) -> None:

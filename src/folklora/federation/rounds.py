@@ -234,8 +234,8 @@ class Rounds:
         if validation is not None:
             merits = {client: self.metric.merit(value) for client, value in validation["clients"].items()}
             self.state = self.method.validated(round, self.state, merits)
-        # Training losses are exact, and not covered by what protects examples.
-        told = self.recipe.privacy.unit != "example"
+        # Training losses are exact, and no noise covers them.
+        told = self.recipe.privacy.tells_losses
         loss = sum(losses.values()) / len(losses) if losses and told else None
         line = ledger.line(self.clients, round, sampled, failed, loss, validation, error)
         if self.budget is not None:

@@ -335,8 +335,8 @@ RULES: tuple[Rule, ...] = (
         "low",
         lambda f: bool(f.uploads),
         lambda f: (
-            f"{'Validation' if f.recipe.privacy.unit == 'example' else 'Mean training losses and validation'} scores are "
-            "told exactly, every time they are asked for, outside of any noise and any encryption."
+            ("Mean training losses and validation" if f.recipe.privacy.tells_losses else "Validation")
+            + " scores are told exactly, every time they are asked for, outside of any noise and any encryption."
         ),
         lambda f: ("Ask less often: train.evaluate_every.", "train.evaluate_every"),
     ),

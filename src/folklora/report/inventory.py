@@ -205,7 +205,7 @@ def reported(facts: Facts) -> list[Reported]:
     if facts.uploads:
         every = facts.recipe.train.evaluate_every
         often = "each round" if every == 1 else f"every {every} rounds"
-        if facts.recipe.privacy.unit != "example":  # else it is kept at home: no noise is on it
+        if facts.recipe.privacy.tells_losses:  # else it is kept at home: no noise is on it
             found.append(Reported("the mean training loss", "each round", "How well its examples are already known."))
         found.append(Reported(f"the {_score(facts)} on its validation split", often, "How well it does."))
     found.append(Reported(f"the {_score(facts)} on its validation and test splits", "at the end", "How well it does."))

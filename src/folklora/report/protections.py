@@ -117,9 +117,9 @@ def _covered(facts: Facts) -> list[str]:
 
 def _uncovered(facts: Facts) -> list[str]:
     found = [
-        "Scores on validation and test splits, which are told exactly."
-        if facts.recipe.privacy.unit == "example"
-        else "Training losses and scores on validation and test splits, which are told exactly.",
+        "Training losses and scores on validation and test splits, which are told exactly."
+        if facts.recipe.privacy.tells_losses
+        else "Scores on validation and test splits, which are told exactly.",
         "How many examples a client has in each split.",
         "Who takes part in which round.",
     ]

@@ -45,7 +45,8 @@ def ranks() -> Figure | None:
         percent_axis(axes[0])
         axes[0].set_ylim(-0.03, 1.03)
         axes[0].set_ylabel("tokens told exactly")
-        axes[-1].legend(frameon=False, fontsize=8)
+        lines = {line.get_label(): line for ax in axes for line in ax.get_lines()}
+        axes[0].legend(lines.values(), lines.keys(), frameon=False, fontsize=8, loc="upper left")
         headline(figure, "What a core's exact gradient tells of a text, by its size")
         return figure
 
@@ -103,7 +104,7 @@ def gallery() -> Figure | None:
             axes[0, column].set_title(name, fontsize=9)
         for ax in axes.flat:
             ax.axis("off")
-        headline(figure, GRANTED[WORST])
+        headline(figure, f"What a message gives away of a picture ({GRANTED[WORST]})")
         return figure
 
 

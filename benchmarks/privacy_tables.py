@@ -121,10 +121,10 @@ def _number(rows: Sequence[Row], metric: str, digits: int) -> str:
 INFERRED = (
     ("once", "hit", "a class's mean is nearest to one of its own sentences, among candidates, %"),
     ("once", "summed_precision", "sentences picked from a list of candidates that are the client's, %"),
-    ("membership", "loss_auc", "membership by loss, AUC, %"),
-    ("membership", "lira_offline_auc", "membership by LiRA, offline, AUC, %"),
-    ("labels", "sketch_distance", "labels off the sketch, total variation, %"),
-    ("labels", "shadows_distance", "labels off the update, total variation, %"),
+    ("membership", "auc_pooled_loss", "membership by loss, AUC, %"),
+    ("membership", "auc_pooled_lira_offline", "membership by LiRA, offline, AUC, %"),
+    ("labels", "label_distance_sketch", "labels off the sketch, total variation, %"),
+    ("labels", "label_distance_shadows", "labels off the update, total variation, %"),
 )
 """Part, metric, and what it is; 50 is chance for an AUC, and a distance is small where labels are found out."""
 

@@ -36,7 +36,17 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise AttackError("it cannot be")
         found.attacked.append((plan.attack, plan.method, plan.batch, recipe.seed))
         one = {"mean": found.told(plan), "control": 0.0, "gain": found.told(plan), "higher": True, "values": [1.0]}
-        names = ("token_recall", "rouge_l", "exact_match", "mse", "psnr", "ssim", "perceptual", "hit", "loss_auc")
+        names = (
+            "token_recall",
+            "rouge_l",
+            "exact_match",
+            "mse",
+            "psnr",
+            "ssim",
+            "perceptual",
+            "hit",
+            "auc_pooled_loss",
+        )
         victim = {"client": "3", "original": [PIXEL], "recovered": [PIXEL], "control": [PIXEL]}
         document = {"metrics": dict.fromkeys(names, one), "victims": [victim] * 4, "knowledge": {}}
         return {**document, "bytes": 10, "seconds": 1.0, "unmatched": []}

@@ -295,3 +295,18 @@ def test_pictures_are_refused(seeing_model: Callable[[str], Path], tiny_recipe: 
     recipe = tiny_recipe("method.name=fedit", f"model.name={seeing_model('vit')}", "data.image=picture")
     with pytest.raises(AttackError, match="one on text"):
         attack(recipe, Plan("span"))
+
+
+def test_a_matrix_that_the_fast_driver_cannot_take_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)) @ torch.randn(
+        3, 9, generator=torch.Generator().manual_seed(2)
+    )
+    want = row_span(matrix)
+
+    def failing(*_: object, **__: object) -> None:
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    got = row_span(matrix)
+    torch.testing.assert_close(got.values, want.values)
+    torch.testing.assert_close(got.basis.T @ got.basis, want.basis.T @ want.basis)

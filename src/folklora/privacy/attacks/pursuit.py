@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from folklora.privacy.attacks.rowspan import row_span
+from folklora.privacy.attacks.rowspan import decomposed, row_span
 
 SWEEPS = 4
 """Times that every choice is reconsidered at most."""
@@ -178,7 +178,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
     """An orthonormal basis of the rows' span, [k, n]."""
     if not len(rows):
         return rows
-    _, values, basis = torch.linalg.svd(rows.double(), full_matrices=False)
+    values, basis = decomposed(rows)
     return basis[values > 1e-6 * values[0].clamp(min=1e-30)].to(rows.dtype)
 
 

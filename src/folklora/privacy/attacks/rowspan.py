@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -62,6 +63,20 @@ class Space:
         return inputs if self.factor is None else inputs @ self.factor.T.float()
 
 
+def decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, descending, and right singular vectors as rows, float64.
+
+    LAPACK's fast driver does not always converge where many values are next to zero; its slow one then does.
+    """
+    matrix = matrix.double()
+    try:
+        _, values, rows = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        _, found, vectors = scipy.linalg.svd(matrix.numpy(), full_matrices=False, lapack_driver="gesvd")
+        values, rows = torch.from_numpy(found), torch.from_numpy(vectors)
+    return values, rows
+
+
 def row_span(matrix: Tensor, least: int = 0, most: int | None = None, epsilon: float = 2**-23) -> RowSpan:
     """The row span of a noisy matrix, its rank chosen by the largest gap between singular values.
 
@@ -78,7 +93,7 @@ def row_span(matrix: Tensor, least: int = 0, most: int | None = None, epsilon: f
     epsilon
         Relative precision of the numbers in the matrix.
     """
-    _, values, rows = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values, rows = decomposed(matrix)
     if not len(values) or float(values[0]) == 0 or not bool(torch.isfinite(values).all()):
         return RowSpan(rows[:0], values, 1.0)
     floor = float(values[0]) * epsilon

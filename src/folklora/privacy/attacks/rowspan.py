@@ -71,7 +71,7 @@ def decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:
     matrix = matrix.double()
     try:
         _, values, rows = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the stubs forget it
         _, found, vectors = scipy.linalg.svd(matrix.numpy(), full_matrices=False, lapack_driver="gesvd")
         values, rows = torch.from_numpy(found), torch.from_numpy(vectors)
     return values, rows

@@ -399,3 +399,26 @@ def test_folklora_is_celora_with_other_defaults(federation: Callable[..., Any], 
     assert (
         build("folklora", {}, context()).options.model_dump() == build("celora", spelt, context()).options.model_dump()
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "class mixtures"),
+        ({"components": 0}, "class statistics"),
+        ({"head": "sketched"}, "class statistics and class mixtures"),
+        ({"head": "sketched", "similarity": "size"}, "class statistics"),
+        ({"similarity": "model"}, None),
+        ({"lambda": 0.0}, None),
+    ],
+    ids=str,
+)
+def test_what_is_sent_once_is_called_by_its_name(
+    federation: Callable[..., Any], options: dict[str, Any], said: str | None
+) -> None:
+    fed = federation("celora", options)
+    assert fed.method.once == said
+    sent = {name.partition("/")[0] for message in fed.sketches().values() for name in message.tensors}
+    assert sent == {"class statistics": {"statistics"}, "class mixtures": {"mixture"}, None: set()}.get(
+        said, {"statistics", "mixture"}
+    )

@@ -158,7 +158,9 @@ class CELoRA(Method):
 
     @property
     def once(self) -> str | None:
-        return super().once or ("class mixtures" if self.options.uses_data else None)
+        fitted = self.options.uses_data and self.options.components > 0
+        sent = {"class statistics": self.options.sends_statistics, "class mixtures": fitted}
+        return " and ".join(what for what, there in sent.items() if there) or None
 
     @property
     def beside_training(self) -> tuple[str, str] | None:

@@ -6,9 +6,10 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import peft
 import torch
@@ -42,6 +43,16 @@ def publish(name: str, document: Mapping[str, Any]) -> Path:
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(json.dumps({"benchmark": name, **document}, allow_nan=False), flush=True)
     return path
+
+
+def finish(name: str, left: Sequence[str], failed: Mapping[str, str], *, listed: bool) -> NoReturn:
+    """End a harness: what is left (if that was asked for), what failed and why, and one line for programs."""
+    for label in left if listed else ():
+        print(f"left: {label}", file=sys.stderr)
+    for label, reason in failed.items():
+        print(f"failed: {label}: {reason}", file=sys.stderr)
+    print(json.dumps({"benchmark": name, "left": len(left), "failed": len(failed)}))
+    raise SystemExit(1 if failed else 0)
 
 
 def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, environment
+from _common import RESULTS, environment, finish
 from accuracy import Bench, claimed, perform
 from privacy_cells import Attacked, Cell, Defended, cells
 
@@ -106,12 +106,9 @@ def work(privacy: Privacy) -> dict[str, str]:
                 started = time.perf_counter()
                 try:
                     _perform(cell, path)
-                except FolkLoraError as error:
-                    failed[cell.label] = str(error)
-                    print(f"{cell.label}: failed: {error}", file=sys.stderr, flush=True)
-                    continue
                 except Exception as error:  # one method's bug must not end everybody's night
-                    failed[cell.label] = f"{type(error).__name__}: {error}"
+                    ours = isinstance(error, FolkLoraError)
+                    failed[cell.label] = str(error) if ours else f"{type(error).__name__}: {error}"
                     print(f"{cell.label}: failed: {failed[cell.label]}", file=sys.stderr, flush=True)
                     continue
             ran = True
@@ -164,12 +161,7 @@ def main() -> None:
     if not given.list:
         privacy.collect()
     left = privacy.left()
-    for cell in left if given.list else ():
-        print(f"left: {cell.label}", file=sys.stderr)
-    for name, reason in failed.items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
-    print(json.dumps({"benchmark": "privacy", "left": len(left), "failed": len(failed)}))
-    raise SystemExit(1 if failed else 0)
+    finish("privacy", [cell.label for cell in left], failed, listed=given.list)
 
 
 if __name__ == "__main__":

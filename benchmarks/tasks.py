@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, environment
+from _common import RESULTS, environment, finish
 from accuracy import Bench, Row, claimed, perform
 
 from folklora.backbones.metric import metric_of
@@ -252,12 +252,7 @@ def main() -> None:
     if not given.list:
         tasks.collect()
         left = tasks.left()
-    for cell in left if given.list else ():
-        print(f"left: {cell.label}", file=sys.stderr)
-    for name, reason in failed.items():
-        print(f"failed: {name}: {reason}", file=sys.stderr)
-    print(json.dumps({"benchmark": "tasks", "left": len(left), "failed": len(failed)}))
-    raise SystemExit(1 if failed else 0)
+    finish("tasks", [cell.label for cell in left], failed, listed=given.list)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ is our mistake and keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 def one_line(text: str) -> str:
     """Text that may come from anywhere, as one line that a terminal only shows: what cannot be printed is spelt out."""
@@ -51,3 +54,11 @@ class FederationError(FolkLoraError):
 
 class AttackError(FolkLoraError):
     """An attack is unknown, or cannot be made on this task, method or run."""
+
+
+def no_such(what: str, name: str, known: Iterable[str]) -> str:
+    """In words: there is no such thing, which one may be meant, and which there are."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"no such {what}{hint} (allowed: {', '.join(known)})"

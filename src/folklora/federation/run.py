@@ -91,6 +91,12 @@ def _refuse_network(recipe: Recipe) -> None:
 def _prepared(directory: RunDirectory) -> Setup:
     """The setup of an existing run; the data must still be what it was."""
     setup = prepare(directory.recipe)
+    refuse_other_data(directory, setup)
+    return setup
+
+
+def refuse_other_data(directory: RunDirectory, setup: Setup) -> None:
+    """Raises RunError if a setup's data is not what a run began with."""
     saved = directory.path / "partition.json"
     try:
         same = saved.read_bytes() == to_json(setup.data.table, setup.data.splits).encode()
@@ -98,7 +104,6 @@ def _prepared(directory: RunDirectory) -> Setup:
         raise RunError(f"{saved}: cannot be read: {error.strerror}") from None
     if not same:
         raise RunError(f"{directory.path}: the data is not what this run started with (partition.json differs)")
-    return setup
 
 
 def play(

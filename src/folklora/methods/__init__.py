@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from types import UnionType
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import ValidationError
 
-from folklora.errors import MethodError, RecipeError
+from folklora.errors import MethodError, RecipeError, no_such
 from folklora.methods.apfl import APFL
 from folklora.methods.base import Context, Method
 from folklora.methods.celora import CELoRA
@@ -84,9 +83,7 @@ def find(name: str) -> type[Method]:
         Naming the methods there are, the nearest first.
     """
     if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise MethodError(f"method.name = {name!r}: no such method{hint} (allowed: {', '.join(METHODS)})")
+        raise MethodError(f"method.name = {name!r}: {no_such('method', name, METHODS)}")
     return METHODS[name]
 
 

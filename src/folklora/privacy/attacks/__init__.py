@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from folklora.errors import AttackError
+from folklora.errors import AttackError, no_such
 from folklora.privacy.attacks.dlg import DLG
 from folklora.privacy.attacks.guess import Attack
 from folklora.privacy.attacks.idlg import IDLG
@@ -31,9 +29,7 @@ def find(name: str) -> type[Attack]:
         Naming the attacks there are, the nearest first.
     """
     if name not in ATTACKS:
-        close = difflib.get_close_matches(name, ATTACKS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise AttackError(f"--attack {name!r}: no such attack{hint} (allowed: {', '.join(ATTACKS)})")
+        raise AttackError(f"--attack {name!r}: {no_such('attack', name, ATTACKS)}")
     return ATTACKS[name]
 
 

@@ -14,6 +14,7 @@ from folklora.data.partition import to_json
 from folklora.errors import AttackError, RunError
 from folklora.federation.local import LocalEngine
 from folklora.federation.rounds import Progress, Rounds
+from folklora.federation.run import refuse_other_data
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import Setup, prepare
 from folklora.methods.base import State
@@ -111,13 +112,7 @@ def reopen(path: Path) -> Warm:
     if checkpoint is None:
         raise RunError(f"{path}: nothing is committed yet, so there is no state to attack from")
     setup = prepare(attackable(directory.recipe))
-    saved = path / "partition.json"
-    try:
-        same = saved.read_bytes() == to_json(setup.data.table, setup.data.splits).encode()
-    except OSError as error:
-        raise RunError(f"{saved}: cannot be read: {error.strerror}") from None
-    if not same:
-        raise RunError(f"{path}: the data is not what this run started with (partition.json differs)")
+    refuse_other_data(directory, setup)
     state = directory.tensors(checkpoint, checkpoint.server)
     found = checkpoint
     return Warm(setup, checkpoint.round, (state,), lambda c: directory.tensors(found, found.clients[c]))

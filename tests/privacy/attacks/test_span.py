@@ -165,6 +165,13 @@ def test_rows_of_a_span_are_those_of_layers_that_share_inputs() -> None:
     assert spaces({"C/q": torch.zeros(RANK, RANK), "B/v": torch.full((OUT, RANK), torch.nan)}, before, ["q", "v"]) == []
 
 
+def test_rows_whose_squares_are_zero_are_rows_all_the_same() -> None:
+    sent = {"C/q": torch.arange(float(RANK * RANK)).view(RANK, RANK)}
+    before = {"A/q": torch.ones(RANK, WIDTH)}
+    (large,), (small,) = (spaces({"C/q": sent["C/q"] * by}, before, ["q"]) for by in (1.0, 1e-30))
+    torch.testing.assert_close(small.rows, large.rows)
+
+
 # -- on models ---------------------------------------------------------------------------------------------------------
 
 

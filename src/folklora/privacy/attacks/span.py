@@ -67,7 +67,7 @@ def spaces(gradient: Tensors, before: Tensors, sites: Sequence[str]) -> list[Spa
     B has a space of its own.
     """
     whole = [gradient[f"A/{site}"] for site in sites if f"A/{site}" in gradient]
-    whole = [rows / rows.norm() for rows in whole if rows.any() and rows.isfinite().all()]
+    whole = [_unit(rows) for rows in whole if rows.any() and rows.isfinite().all()]
     if whole:
         return [Space(torch.cat(whole))]
     found = []
@@ -76,8 +76,14 @@ def spaces(gradient: Tensors, before: Tensors, sites: Sequence[str]) -> list[Spa
         for name, factor in ((f"C/{site}", a), (f"B/{site}", a if c is None else c.float() @ a)):
             rows = gradient.get(name)
             if rows is not None and rows.any() and rows.isfinite().all() and rows.shape[1] == len(factor):
-                found.append(Space(rows / rows.norm(), factor))
+                found.append(Space(_unit(rows), factor))
     return found
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Of norm 1; the gradient of an example that the model is sure of may be so small that its squares are zero."""
+    rows = rows / rows.abs().max()
+    return rows / rows.norm()
 
 
 class Span(Attack):

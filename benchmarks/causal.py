@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from folklora.adapters.lowrank import LowRank, Tensors, kaiming
 from folklora.backbones.causal import CausalBackbone, CausalLM, Dialogue
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 from folklora.training.cohort import CohortTrainer, Job, Slot
 
 SEED, RANK, ALPHA = 0, 8, 16.0

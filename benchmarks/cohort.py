@@ -40,7 +40,7 @@ from folklora.backbones.backbone import Backbone
 from folklora.backbones.batch import TokenIds
 from folklora.backbones.classification import Classification
 from folklora.data.sources import load
-from folklora.recipe import DataSection, TrainSection
+from folklora.sections import DataSection, TrainSection
 from folklora.training.cohort import CohortTrainer, Job
 
 SEED = 0

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from folklora.federation.codec import encode
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.privacy.ciphertexts import BITS, DEGREE, ciphertexts, mix
 from folklora.privacy.ckks import Key
 

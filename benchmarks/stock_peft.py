@@ -16,7 +16,7 @@ from folklora.adapters.lowrank import Tensors
 from folklora.backbones.batch import TokenIds
 from folklora.backbones.frozen import DEFAULT_TARGETS
 from folklora.backbones.loading import find
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 from folklora.training.cohort import Job, Slot
 
 CLASSES, RANK, ALPHA = 77, 8, 16.0

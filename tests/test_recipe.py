@@ -16,7 +16,8 @@ from folklora.data.sources import EMBEDDED
 from folklora.errors import MethodError, RecipeError
 from folklora.federation.setup import client_ranks, largest_remainder, validate
 from folklora.methods import METHODS, check_options
-from folklora.recipe import EMBEDDED_NAMES, Recipe
+from folklora.recipe import Recipe
+from folklora.sections import EMBEDDED_NAMES
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 

@@ -19,7 +19,7 @@ from folklora.adapters.layers import Bank
 from folklora.backbones import towers
 from folklora.backbones.image_text import ImageText, ImageTextBackbone
 from folklora.errors import BackboneError, DataError
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 from folklora.training.cohort import CohortTrainer, Job
 from folklora.training.prediction import Question, features, predict
 

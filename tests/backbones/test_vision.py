@@ -19,7 +19,7 @@ from folklora.backbones.backbone import Backbone
 from folklora.backbones.quantize import WeightBits
 from folklora.backbones.vision import ImageClassification, VisionBackbone
 from folklora.errors import BackboneError
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 from folklora.training.cohort import CohortTrainer, Job
 from folklora.training.prediction import features
 

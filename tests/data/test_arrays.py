@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as arrays
 from folklora.data import columns
 from folklora.data.sources import Table, load
 from folklora.errors import DataError
-from folklora.recipe import DataSection
+from folklora.sections import DataSection
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)

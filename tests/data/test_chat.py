@@ -18,7 +18,7 @@ from folklora.data.chat import Chat
 from folklora.data.sources import Table, agreed_classes, load, load_test
 from folklora.data.table import ONE_CLASS
 from folklora.errors import DataError
-from folklora.recipe import DataSection
+from folklora.sections import DataSection
 
 ROWS = [
     {"prompt": "Name a fruit.", "context": "", "response": "Apple", "who": "ann"},

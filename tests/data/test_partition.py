@@ -17,7 +17,7 @@ from folklora.data.partition import Split, from_json, histogram, partition, spli
 from folklora.data.sources import Table, fingerprint
 from folklora.data.table import ONE_CLASS
 from folklora.errors import DataError
-from folklora.recipe import DataSection
+from folklora.sections import DataSection
 
 
 def make_table(sizes: list[int], groups: list[str] | None = None) -> Table:
@@ -285,7 +285,7 @@ def test_partitioners_are_silent_and_leave_no_files(tmp_path: Path) -> None:
 import numpy as np
 from folklora.data.partition import partition
 from folklora.data.sources import Table
-from folklora.recipe import DataSection
+from folklora.sections import DataSection
 table = Table(["x"] * 200, np.arange(200) % 4, ("a", "b", "c", "d"), [str(i % 5) for i in range(200)])
 for kind in ("iid", "dirichlet", "pathological", "shards", "natural"):
     partition(table, DataSection(partition=kind, by="w", alpha=5.0, clients=4), 0)

@@ -24,7 +24,7 @@ from PIL import Image
 from folklora.data import pictures
 from folklora.data.sources import Table, fingerprint, load
 from folklora.errors import DataError
-from folklora.recipe import DataSection
+from folklora.sections import DataSection
 
 RNG = np.random.default_rng(0)
 PIXELS = [RNG.integers(0, 256, (5 + i, 7, 3), dtype=np.uint8) for i in range(4)]

@@ -16,7 +16,7 @@ import pytest
 
 from folklora.data.sources import EMBEDDED, Table, fingerprint, load, load_test
 from folklora.errors import DataError
-from folklora.recipe import DataSection
+from folklora.sections import DataSection
 
 ROWS = [
     ("good, very", "yes", "anna"),

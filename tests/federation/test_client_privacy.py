@@ -27,7 +27,7 @@ from folklora.federation.run import resume, run
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.sampling import sampled, simulated_secret
 from folklora.federation.setup import Setup, prepare
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 
 Play = Callable[..., Any]
 LOUD = ("train.optimizer=sgd", "train.lr=50.0", "train.clip=none")  # updates far longer than any clip

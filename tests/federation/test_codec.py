@@ -23,7 +23,7 @@ from torch import Tensor
 from folklora.data.mixtures import ClassMixtures
 from folklora.errors import MessageError
 from folklora.federation.codec import MAGIC, VECTOR, check, decode, encode, encoding, longest
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.quantization import BLOCK, WIDTHS, blocks_of, levels, packed_bytes, rounded
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -677,7 +677,7 @@ def test_a_valid_message_takes_a_few_times_its_size() -> None:
     code = """
 import resource, torch
 from folklora.federation.codec import decode, encode
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 torch.set_num_threads(1)
 for dtype, item in {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}.items():
     data = encode(Message({"A/x": torch.ones((64 << 20) // item)}), dtype)

@@ -20,8 +20,10 @@ from folklora.federation.rounds import Rounds, Silent
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import Setup
 from folklora.methods import build
-from folklora.methods.base import Context, Message, Method
-from folklora.recipe import MessageSection, Recipe
+from folklora.methods.base import Method
+from folklora.methods.contract import Context, Message
+from folklora.recipe import Recipe
+from folklora.sections import MessageSection
 
 Play = Callable[..., Any]
 SITE = Site("layer", 24, 20)

@@ -30,7 +30,7 @@ from folklora.federation.rounds import Silent
 from folklora.federation.run import client_model, resume, run
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import prepare
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.privacy.ckks import Key
 
 pytest.importorskip("tenseal.sealapi")

@@ -30,7 +30,7 @@ from folklora.federation.rounds import Rounds
 from folklora.federation.run import run
 from folklora.federation.secrecy import secrecy, threshold
 from folklora.federation.setup import prepare
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.privacy.ckks import Key
 from folklora.privacy.fixedpoint import Grid
 from folklora.privacy.secagg.wire import Session

@@ -17,7 +17,7 @@ from folklora.federation.poison import PoisonedData, struck, triggered, with_lia
 from folklora.federation.rounds import Silent
 from folklora.federation.run import resume, run
 from folklora.federation.setup import prepare
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 
 Play = Callable[..., Any]
 SMALL = ("method.name=fedit", "data.limit=100")

@@ -27,9 +27,10 @@ from folklora.federation.rounds import Silent
 from folklora.federation.run import client_model, run
 from folklora.federation.rundir import RunDirectory
 from folklora.methods import METHODS
-from folklora.recipe import Recipe, TrackSection
+from folklora.recipe import Recipe
 from folklora.report.page import write_report
 from folklora.report.reading import read_run
+from folklora.sections import TrackSection
 
 MIXED = sorted(name for name, method in METHODS.items() if method.mixed_ranks)
 HALF = ["train.participation=0.5", "train.rounds=3"]

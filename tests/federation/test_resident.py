@@ -23,7 +23,7 @@ from folklora.federation.parties import Own, server_setup
 from folklora.federation.resident import Resident
 from folklora.federation.sampling import sampled
 from folklora.federation.standing import own_model
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.recipe import Recipe
 
 RUN = "0f" * 16

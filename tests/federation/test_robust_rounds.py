@@ -19,7 +19,7 @@ from folklora.federation.ledger import Ledger
 from folklora.federation.local import LocalEngine
 from folklora.federation.run import run
 from folklora.federation.setup import Setup, prepare
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.privacy import robust
 
 Play = Callable[..., Any]

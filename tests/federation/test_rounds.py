@@ -26,7 +26,7 @@ from folklora.federation.rounds import Rounds, Silent
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import Setup
 from folklora.methods import METHODS as ALL
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.recipe import Recipe
 
 Play = Callable[..., Any]

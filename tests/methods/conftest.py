@@ -19,7 +19,8 @@ from folklora.federation.rounds import Silent
 from folklora.federation.run import resume, run
 from folklora.federation.traffic import Traffic
 from folklora.methods import build
-from folklora.methods.base import Client, Context, Message, Method, State
+from folklora.methods.base import Method
+from folklora.methods.contract import Client, Context, Message, State
 from folklora.methods.work import Trained
 from folklora.randomness import derive, torch_generator
 

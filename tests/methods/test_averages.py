@@ -10,7 +10,7 @@ import torch
 
 from folklora.methods import METHODS
 from folklora.methods.aggregation import weighted_mean
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 
 Federations = Callable[..., Any]
 AVERAGING = ("fedit", "ffa", "fedsa", "rolora", "federa", "loraxs", "fedsb", "fedlpp", "ditto", "apfl", "folklora")

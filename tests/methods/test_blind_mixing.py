@@ -10,7 +10,7 @@ import torch
 
 from folklora.adapters.lowrank import kind
 from folklora.methods import METHODS
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 
 Federations = Callable[..., Any]
 AVERAGING = ("fedit", "ffa", "fedsa", "rolora", "federa", "loraxs", "fedsb", "ditto", "apfl", "folklora")

@@ -15,8 +15,8 @@ from scipy.linalg import orthogonal_procrustes
 from folklora.data.mixtures import ClassMixtures, projection
 from folklora.data.statistics import ClassStatistics
 from folklora.methods import build
-from folklora.methods.base import Message
 from folklora.methods.celora import procrustes
+from folklora.methods.contract import Message
 from folklora.methods.transport import data_distances, similarity
 from folklora.randomness import derive
 

@@ -12,8 +12,8 @@ from folklora.federation.codec import decode, encode
 from folklora.federation.compression import Compression, Uplink
 from folklora.federation.traffic import per_round
 from folklora.methods import METHODS
-from folklora.methods.base import Message
-from folklora.recipe import MessageSection
+from folklora.methods.contract import Message
+from folklora.sections import MessageSection
 
 MIXED = sorted(name for name, cls in METHODS.items() if cls.mixed_ranks)
 WIRES: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from folklora.data.statistics import ClassStatistics
 from folklora.errors import MessageError, MethodError, RecipeError
 from folklora.federation.codec import check, decode, encode
 from folklora.methods import METHODS, build, check_options
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.methods.discriminant import linear_discriminant
 
 HEAD, NORM = {"head/weight", "head/bias"}, {"norm/ln.weight", "norm/ln.bias"}

@@ -16,7 +16,7 @@ from torch import Tensor
 from folklora.adapters.lowrank import Site, Tensors
 from folklora.errors import MethodError, RecipeError
 from folklora.methods import build, check_options
-from folklora.methods.base import Context, Message
+from folklora.methods.contract import Context, Message
 from folklora.methods.fedawa import FedAWAOptions, improve, objective
 
 ONE_SITE = (Site("only", 9, 7),)

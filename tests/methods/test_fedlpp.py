@@ -20,7 +20,7 @@ from folklora.federation.rounds import Rounds, Silent
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import prepare
 from folklora.methods import build, check_options
-from folklora.methods.base import Context, Message
+from folklora.methods.contract import Context, Message
 from folklora.quantization import levels
 from folklora.training.prediction import Question, predict
 

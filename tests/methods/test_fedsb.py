@@ -23,7 +23,7 @@ from folklora.federation.member import Member
 from folklora.federation.setup import prepare
 from folklora.methods import build, check_options
 from folklora.methods.aggregation import aggregation_error
-from folklora.methods.base import Client, Context, Message
+from folklora.methods.contract import Client, Context, Message
 from folklora.methods.discriminant import linear_discriminant
 from folklora.training.gradients import weight_gradients
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from folklora.adapters.lowrank import LowRank, Site, Tensors
 from folklora.methods import build
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -21,7 +21,7 @@ from folklora.federation.local import LocalEngine
 from folklora.federation.rounds import Rounds, Silent
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import prepare
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.methods.hafl import best_first, standing
 from folklora.methods.work import Trained
 

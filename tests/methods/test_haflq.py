@@ -15,7 +15,7 @@ from folklora.adapters.lowrank import Site
 from folklora.errors import MethodError, RecipeError
 from folklora.federation.codec import decode, encode
 from folklora.methods import build
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.methods.haflq import STEPS, bits_by_importance, pair_bytes
 from folklora.quantization import rounded
 

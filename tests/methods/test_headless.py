@@ -17,7 +17,7 @@ from folklora.federation.traffic import describe_methods, forecast
 from folklora.methods import METHODS, build, celora
 from folklora.methods.work import Trained
 from folklora.randomness import torch_generator
-from folklora.recipe import MessageSection
+from folklora.sections import MessageSection
 
 Federations = Callable[..., Any]
 MIXED = {name for name, cls in METHODS.items() if cls.mixed_ranks}

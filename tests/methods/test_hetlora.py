@@ -20,7 +20,7 @@ from folklora.federation.codec import check, encode
 from folklora.federation.run import client_model, run
 from folklora.federation.setup import prepare
 from folklora.methods import build, check_options
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.methods.hetlora import HetLoRA
 from folklora.methods.work import Trained
 

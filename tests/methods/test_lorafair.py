@@ -16,7 +16,7 @@ from folklora.adapters.lowrank import Site
 from folklora.errors import MethodError, RecipeError
 from folklora.methods import build, check_options
 from folklora.methods.aggregation import aggregation_error
-from folklora.methods.base import Context, Message
+from folklora.methods.contract import Context, Message
 from folklora.methods.lorafair import Means, descend, least_squares
 
 problems = {

@@ -20,7 +20,7 @@ from folklora.federation.run import client_model
 from folklora.federation.setup import prepare
 from folklora.methods import build
 from folklora.methods.aggregation import aggregation_error
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.methods.owners import owners_mean
 from folklora.methods.padding import Replication
 

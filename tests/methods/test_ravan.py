@@ -24,7 +24,7 @@ from folklora.federation.setup import prepare
 from folklora.federation.traffic import per_round
 from folklora.methods import build, check_options
 from folklora.methods.aggregation import aggregation_error
-from folklora.methods.base import Client, Context, Message
+from folklora.methods.contract import Client, Context, Message
 from folklora.methods.work import Trained
 
 Federations = Callable[..., Any]

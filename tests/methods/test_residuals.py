@@ -16,7 +16,7 @@ from folklora.adapters.lowrank import Site, Tensors
 from folklora.federation.codec import decode, encode
 from folklora.federation.traffic import per_round
 from folklora.methods.aggregation import aggregation_error
-from folklora.methods.base import Client, Message
+from folklora.methods.contract import Client, Message
 from folklora.methods.residuals import ResidualLog, merged
 
 # Wide enough that the stack of three clients of rank 2 weighs less than dense, and that of three rounds more.

@@ -18,7 +18,7 @@ from folklora.federation.run import run
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.traffic import per_round
 from folklora.methods import METHODS, build
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 
 LR, STEPS = 0.05, 20  # of `Federation.descend`
 TAKING = [

@@ -14,7 +14,7 @@ import torch
 from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.backbones.backbone import Backbone
 from folklora.backbones.classification import Classification
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 from folklora.training.cohort import CohortTrainer, Fitted, Job
 
 CLASSES = 3

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from folklora.adapters.lowrank import Tensors
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 from folklora.training.cohort import Fitted, Job, Slot, _Cohort
 from folklora.training.stacks import from_stack
 

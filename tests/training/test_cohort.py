@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from folklora.adapters.layers import Bank
 from folklora.adapters.lowrank import Tensors
 from folklora.randomness import torch_generator
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 from folklora.training.cohort import CohortTrainer, Fitted, Job, Slot, _Cohort, _Dropout
 from folklora.training.prediction import Question, predict
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 from folklora.training.optimizer import build, clip_rows, schedule
 
 CPU = torch.device("cpu")

@@ -19,7 +19,8 @@ from folklora.adapters.layers import Bank
 from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.backbones.batch import Batch
 from folklora.methods.work import Terms, Work
-from folklora.recipe import Recipe, TrainSection
+from folklora.recipe import Recipe
+from folklora.sections import TrainSection
 from folklora.training import cohort
 from folklora.training.cohort import CohortTrainer, Fitted, Job
 from folklora.training.prefetch import Prefetch

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from folklora.adapters.lowrank import Tensors
 from folklora.methods.work import Terms
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 from folklora.training.cohort import CohortTrainer, Fitted, Job, Slot, _Cohort
 from folklora.training.stacks import plug
 

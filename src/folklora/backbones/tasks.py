@@ -11,7 +11,7 @@ from folklora.backbones.classification import Classification
 from folklora.backbones.quantize import WeightBits
 from folklora.backbones.task import Task
 from folklora.errors import BackboneError
-from folklora.recipe import AdapterSection, Form, ModelSection
+from folklora.sections import AdapterSection, Form, ModelSection
 
 
 def build_task(model: ModelSection, adapter: AdapterSection, form: Form, classes: Sequence[str]) -> Task:

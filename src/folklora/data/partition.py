@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from folklora.data.table import ONE_CLASS, Table, fingerprint, sort_names
 from folklora.errors import DataError
 from folklora.randomness import derive, numpy_generator
-from folklora.recipe import DataSection
+from folklora.sections import DataSection
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner

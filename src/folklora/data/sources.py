@@ -25,7 +25,7 @@ from folklora.data.pictures import opened, read_class_folders
 from folklora.data.readers import TABULAR, Reader, read_saved
 from folklora.data.table import ONE_CLASS, Known, Table, fingerprint, limited, sort_names, tabulated
 from folklora.errors import DataError
-from folklora.recipe import DataSection, Form
+from folklora.sections import DataSection, Form
 
 __all__ = ["EMBEDDED", "Table", "agreed_classes", "fingerprint", "load", "load_test", "sort_names"]
 

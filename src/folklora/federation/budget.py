@@ -27,7 +27,8 @@ from folklora.federation.sampling import by_chance, drawn, sampled
 from folklora.methods.base import Method
 from folklora.privacy import example
 from folklora.privacy.accounting import epsilon_spent, event, noise_for
-from folklora.recipe import PrivacySection, Recipe, TrainSection
+from folklora.recipe import Recipe
+from folklora.sections import PrivacySection, TrainSection
 
 Line = Mapping[str, Any]
 """A line of ``metrics.jsonl``, or as much of one as says who took part and who failed."""

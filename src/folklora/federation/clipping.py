@@ -23,7 +23,8 @@ from collections.abc import Callable
 from folklora.errors import MessageError
 from folklora.federation.budget import resolved_noise
 from folklora.federation.compression import Uplink
-from folklora.methods.base import Client, Message, Method
+from folklora.methods.base import Method
+from folklora.methods.contract import Client, Message
 from folklora.privacy.mechanism import added, applied, clipped, difference, noise
 from folklora.recipe import Recipe
 

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Shapes, Tensors, kind
 from folklora.errors import MessageError
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.quantization import (
     BLOCK,
     MOST_IN_BLOCK,

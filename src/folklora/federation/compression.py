@@ -30,8 +30,9 @@ from torch import Tensor
 from folklora.adapters.lowrank import Shapes, Tensors, kind
 from folklora.errors import MessageError
 from folklora.federation.codec import check, decode, encode, longest
-from folklora.methods.base import Message, Method
-from folklora.recipe import MessageSection
+from folklora.methods.base import Method
+from folklora.methods.contract import Message
+from folklora.sections import MessageSection
 
 REFERENCE = "reference"
 """The number that carries the reference's checksum."""

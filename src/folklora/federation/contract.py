@@ -16,8 +16,10 @@ from torch import Tensor
 from folklora.adapters.lowrank import Site
 from folklora.errors import MethodError
 from folklora.methods import build
-from folklora.methods.base import Context, Method
-from folklora.recipe import Recipe, Section
+from folklora.methods.base import Method
+from folklora.methods.contract import Context
+from folklora.recipe import Recipe
+from folklora.sections import Section
 
 CONTRACT = "contract.json"
 

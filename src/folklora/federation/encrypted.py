@@ -44,7 +44,8 @@ from folklora.federation.ledger import Ledger
 from folklora.federation.outlet import Outlet
 from folklora.federation.sealing import ASKED, TOPIC, SealedUpload, Sealing
 from folklora.federation.setup import Setup
-from folklora.methods.base import Client, Message, Method, State
+from folklora.methods.base import Method
+from folklora.methods.contract import Client, Message, State
 from folklora.privacy.ciphertexts import Mixed, mix
 from folklora.privacy.ckks import ID, Key
 from folklora.recipe import Recipe

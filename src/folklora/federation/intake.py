@@ -24,7 +24,7 @@ from folklora.federation.engine import Engine
 from folklora.federation.ledger import Ledger
 from folklora.federation.sampling import simulated_secret
 from folklora.federation.setup import Setup
-from folklora.methods.base import Message, State
+from folklora.methods.contract import Message, State
 
 
 class Intake:

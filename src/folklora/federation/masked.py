@@ -45,7 +45,8 @@ from folklora.federation.ledger import Ledger
 from folklora.federation.outlet import Outlet
 from folklora.federation.secrecy import parties, refuse_cut_noise, threshold
 from folklora.federation.setup import Setup
-from folklora.methods.base import Client, Message, Method, State
+from folklora.methods.base import Method
+from folklora.methods.contract import Client, Message, State
 from folklora.privacy.fixedpoint import Floats, Grid, Words
 from folklora.privacy.secagg.desk import Desk
 from folklora.privacy.secagg.party import Party

@@ -15,7 +15,8 @@ from folklora.errors import FolkLoraError, MessageError, MethodError
 from folklora.federation.codec import check, encode
 from folklora.federation.outlet import outlet_of
 from folklora.federation.setup import Setup
-from folklora.methods.base import Client, Message, Method
+from folklora.methods.base import Method
+from folklora.methods.contract import Client, Message
 from folklora.methods.work import Trained, Work
 from folklora.privacy.ckks import Key
 from folklora.privacy.example import noise

@@ -18,7 +18,8 @@ from pydantic import Field, ValidationError, model_validator
 from folklora.backbones.metric import MOST, Score
 from folklora.errors import MessageError
 from folklora.federation.codec import LIMIT
-from folklora.recipe import Section, describe_validation_error
+from folklora.recipe import describe_validation_error
+from folklora.sections import Section
 
 Record = dict[str, Any]
 """Names with a whole number, a float, a truth value, text, bytes, or a list of numbers or of texts each."""

@@ -15,7 +15,8 @@ from folklora.errors import MessageError
 from folklora.federation.clipping import Clipping
 from folklora.federation.codec import decode
 from folklora.federation.compression import Compression, Uplink
-from folklora.methods.base import Client, Message, Method
+from folklora.methods.base import Method
+from folklora.methods.contract import Client, Message
 from folklora.privacy.ckks import Key
 from folklora.recipe import Recipe
 

@@ -35,7 +35,8 @@ from folklora.federation.setup import (
 from folklora.methods import build
 from folklora.privacy import example
 from folklora.privacy.ckks import Key
-from folklora.recipe import EMBEDDED_NAMES, Recipe, TrackSection
+from folklora.recipe import Recipe
+from folklora.sections import EMBEDDED_NAMES, TrackSection
 from folklora.training.prediction import features
 
 
@@ -50,7 +51,7 @@ class Own:
     text, label
         The file's columns; default: as the recipe has them.
     columns
-        Others of them: the recipe's key, one of `folklora.recipe.COLUMNS`, and the column's name in the file.
+        Others of them: the recipe's key, one of `folklora.sections.COLUMNS`, and the column's name in the file.
     rehearse
         Of a rehearsal: the source that the member agreed to read, beside those in the package. It has the name that the
         server's has; its folder may be another.

@@ -26,7 +26,7 @@ from folklora.backbones.metric import Score
 from folklora.federation.local import LocalEngine
 from folklora.federation.member import Member, MemberData, SplitName
 from folklora.federation.setup import Setup
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 from folklora.privacy.mechanism import applied, difference, noise, norm
 from folklora.randomness import derive, numpy_generator
 from folklora.recipe import Recipe

@@ -19,7 +19,7 @@ from folklora.federation.intake import Intake
 from folklora.federation.ledger import Ledger
 from folklora.federation.sampling import by_chance
 from folklora.federation.setup import Setup
-from folklora.methods.base import Message, State
+from folklora.methods.contract import Message, State
 from folklora.privacy.mechanism import added, applied, clipped, difference, noise
 
 

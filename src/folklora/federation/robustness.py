@@ -20,7 +20,7 @@ from folklora.federation.guarantees import liars
 from folklora.federation.ledger import Ledger
 from folklora.federation.protection import EqualIntake
 from folklora.federation.setup import Setup
-from folklora.methods.base import Message, State
+from folklora.methods.contract import Message, State
 from folklora.privacy import robust
 from folklora.privacy.mechanism import applied, clipped, difference, norm
 

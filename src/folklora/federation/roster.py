@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from folklora.errors import RunError
 from folklora.federation.orders import ClassName, MemberName, RunId
 from folklora.federation.rundir import RunDirectory
-from folklora.recipe import Section
+from folklora.sections import Section
 
 SPLITS = ("train", "validation", "test")
 FEDERATION = "federation.json"

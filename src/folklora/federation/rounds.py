@@ -21,7 +21,7 @@ from folklora.federation.sampling import sampled, simulated_secret
 from folklora.federation.scores import bounded, summarise
 from folklora.federation.setup import Setup
 from folklora.federation.summary import Final, summary
-from folklora.methods.base import Message, State
+from folklora.methods.contract import Message, State
 from folklora.randomness import derive
 
 SKETCH_NAMES = 1 << 16

@@ -24,7 +24,8 @@ from torch import Tensor
 from folklora.adapters.lowrank import Shapes, Tensors, kind
 from folklora.errors import MessageError, RecipeError
 from folklora.federation.codec import SEALED, check, decode, encode, longest
-from folklora.methods.base import Message, Method
+from folklora.methods.base import Method
+from folklora.methods.contract import Message
 from folklora.privacy.ciphertexts import DEGREE, SEED, UP, Mixed, Sealed, ciphertexts
 from folklora.privacy.ckks import Key
 from folklora.recipe import Recipe

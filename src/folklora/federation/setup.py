@@ -26,10 +26,12 @@ from folklora.federation.guarantees import refuse_unsound
 from folklora.federation.sealing import refuse_unmixable
 from folklora.federation.secrecy import refuse_unmaskable
 from folklora.methods import build, check_options
-from folklora.methods.base import Context, Method
+from folklora.methods.base import Method
+from folklora.methods.contract import Context
 from folklora.privacy import example
 from folklora.randomness import derive
-from folklora.recipe import EMBEDDED_NAMES, AdapterSection, DataSection, Form, ModelSection, Recipe
+from folklora.recipe import Recipe
+from folklora.sections import EMBEDDED_NAMES, AdapterSection, DataSection, Form, ModelSection
 from folklora.training.generation import refuse_speechless
 from folklora.training.prediction import features
 

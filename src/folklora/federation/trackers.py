@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from folklora.errors import RunError
 from folklora.federation.rounds import Progress
-from folklora.recipe import Recipe, TrackSection
+from folklora.recipe import Recipe
+from folklora.sections import TrackSection
 
 logger = logging.getLogger(__name__)
 

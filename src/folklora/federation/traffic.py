@@ -15,9 +15,10 @@ from folklora.federation.compression import Compression
 from folklora.federation.sealing import ASKED, Sealing
 from folklora.federation.secrecy import exchange_bytes, masked_bytes
 from folklora.methods import METHODS, build
-from folklora.methods.base import Context, Message, Method
+from folklora.methods.base import Method
+from folklora.methods.contract import Context, Message
 from folklora.privacy.ckks import ID
-from folklora.recipe import MessageSection
+from folklora.sections import MessageSection
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from folklora.errors import MethodError, RecipeError, no_such
 from folklora.methods.apfl import APFL
-from folklora.methods.base import Context, Method
+from folklora.methods.base import Method
 from folklora.methods.celora import CELoRA
+from folklora.methods.contract import Context
 from folklora.methods.ditto import Ditto
 from folklora.methods.fedawa import FedAWA
 from folklora.methods.federa import FeDeRA

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import MethodError
-from folklora.methods.base import Client, Context
+from folklora.methods.contract import Client, Context
 from folklora.methods.fedit import FedITOptions
 from folklora.methods.options import Options
 from folklora.methods.personal import BRANCH, Personal

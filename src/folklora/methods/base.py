@@ -19,6 +19,8 @@ models. In the order data flows::
     reply(state, id)         -> message what the server has for a client now: a pure function of the state
     receive(client, message)            at the client; default: overwrite its tensors; twice the same changes nothing
     validated(round, state, merits) -> state        at the server, where clients were validated after the round
+    refresh(round, state, sketches) -> state        at the server, where clients are asked for their sketches again
+    newcomer(state, id, sketch) -> message          to a client that took part in no round: where it starts
     model(client)                       at the client: the tensors it predicts with; default: those it trains
 
 State is a flat dictionary of tensors, so it checkpoints; a reply is a function of the state, so a run that was killed
@@ -27,103 +29,21 @@ between two messages loses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from folklora.adapters.lowrank import LowRank, Shapes, Site, Tensors, factor_generator, kaiming, kind, select
+from folklora.adapters.lowrank import LowRank, Shapes, Tensors, factor_generator, kaiming, kind, select
 from folklora.data.statistics import ClassStatistics
 from folklora.errors import MessageError, MethodError
 from folklora.methods.aggregation import weighted_mean
+from folklora.methods.contract import Client, Context, Message, State
 from folklora.methods.discriminant import linear_discriminant
 from folklora.methods.heads import choose_head
 from folklora.methods.options import Options
 from folklora.methods.work import Trained, Work
-
-State = dict[str, Tensor]
-"""What the server remembers between rounds."""
-
-
-@dataclass(frozen=True)
-class Message:
-    """What travels: named tensors, and a few numbers such as ``examples``.
-
-    ``encodings`` names, for tensors that a method sends in a form of its own (a quantised download), one of
-    `folklora.federation.codec`'s; all others travel as the recipe's ``message.dtype``.
-    """
-
-    tensors: Tensors = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
-    encodings: dict[str, str] = field(default_factory=dict)
-
-
-class ClientData(Protocol):
-    """A client's own data as a method may see it: features of the frozen backbone, never raw examples."""
-
-    def features(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
-        """([n, d] float32, [n] int64 labels)."""
-        ...
-
-    def weight_gradients(self, head: Tensors, examples: int) -> Tensors:
-        """``grad/<site>`` [d_out, d_in]: of the mean loss of at most so many training examples with respect to the
-        frozen weight of each adapted layer, under a given ``head/weight`` and ``head/bias``, if the task has a head."""
-        ...
-
-
-@dataclass
-class Client:
-    """What one client owns. ``tensors`` is its model; ``notes`` is whatever else a method keeps at home.
-
-    ``secret`` seeds noise that protects the client. The local engine derives it from the recipe's seed, so that
-    simulations repeat: whoever knows the seed can subtract that noise. A member of a real federation draws it from its
-    own system.
-    """
-
-    id: str
-    rank: int
-    examples: int
-    tensors: Tensors
-    data: ClientData
-    secret: int
-    notes: Tensors = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What both sides agree on before the first message: it follows from the recipe and the backbone alone.
-
-    ``ranks`` are those clients start with; ``weight(site)`` is the frozen weight [d_out, d_in], float32, of an adapted
-    layer. ``head`` has the shapes of the task's own ``head/weight`` and ``head/bias``, and is empty where it answers
-    without one (a language model, CLIP). Statistics of the data are of ``classes`` classes, at least one, and of
-    features of ``width``. Where ``promote`` is set, the best ``promote_share`` of the clients first validated get that
-    rank.
-    """
-
-    seed: int
-    ranks: Mapping[str, int]
-    sites: tuple[Site, ...]
-    alpha: float
-    dropout: float
-    classes: int
-    width: int
-    head: Shapes
-    norms: Tensors
-    rounds: int
-    learning_rate: float
-    batch_size: int
-    local_epochs: int
-    optimizer: str
-    weight: Callable[[str], Tensor]
-    promote: int | None = None
-    promote_share: float = 0.1
-    momentum: float = 0.0
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        return tuple(self.ranks)
 
 
 class Method:
@@ -412,6 +332,23 @@ class Method:
     def validated(self, round: int, state: State, merits: Mapping[str, float]) -> State:
         """What the server makes of how clients do on their validation splits, more is better; default: nothing."""
         return state
+
+    def refreshes(self, round: int) -> bool:
+        """Whether clients are asked for their sketches again before this round."""
+        return False
+
+    def refresh(self, round: int, state: State, sketches: Mapping[str, Message]) -> State:
+        """Take in the sketches of clients whose data may have changed; default: nothing follows from them."""
+        return state
+
+    def newcomer(self, state: State, client: str, sketch: Message | None) -> Message | None:
+        """What the server has for a client that took part in no round, by its sketch alone: welcome and reply in one.
+
+        By default what all get: the common model, and the sketched head.
+        """
+        parts = [self.welcome(state, client), self.reply(state, client)]
+        tensors = {name: tensor for part in parts if part is not None for name, tensor in part.tensors.items()}
+        return Message(tensors) if tensors else None
 
     def model(self, client: Client) -> Tensors:
         """What the client predicts with."""

@@ -39,8 +39,9 @@ from folklora.data.release import release_statistics
 from folklora.data.statistics import ClassStatistics
 from folklora.errors import MethodError
 from folklora.methods.aggregation import weighted_mean
-from folklora.methods.base import Client, Context, Message, Method, State, refuse_other_prefixes, statistics_tensors
+from folklora.methods.base import Method, refuse_other_prefixes, statistics_tensors
 from folklora.methods.cka import gram_rows
+from folklora.methods.contract import Client, Context, Message, State
 from folklora.methods.embedding import LinearTransport, typical_distance
 from folklora.methods.mixing import Embedded, Mixing
 from folklora.methods.options import Options

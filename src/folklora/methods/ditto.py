@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pydantic import Field
 
 from folklora.adapters.lowrank import Tensors, kind
-from folklora.methods.base import Client
+from folklora.methods.contract import Client
 from folklora.methods.fedit import FedITOptions
 from folklora.methods.personal import BRANCH, Personal
 from folklora.methods.work import Terms, Trained, Work

@@ -36,7 +36,8 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import kind
 from folklora.methods.aggregation import weighted_mean
-from folklora.methods.base import Message, Method, State
+from folklora.methods.base import Method
+from folklora.methods.contract import Message, State
 from folklora.methods.fedit import FedITOptions
 
 _COINCIDE = 1e-30

@@ -15,7 +15,7 @@ learned: with ``message.dtype`` int8 or int4 choose another method.
 from __future__ import annotations
 
 from folklora.adapters.lowrank import Tensors
-from folklora.methods.base import Context
+from folklora.methods.contract import Context
 from folklora.methods.fedit import FedIT
 from folklora.methods.options import Options
 from folklora.methods.svd import Principal

@@ -27,7 +27,8 @@ from pydantic import Field
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
-from folklora.methods.base import Client, Context, Message, Method, State
+from folklora.methods.base import Method
+from folklora.methods.contract import Client, Context, Message, State
 from folklora.methods.fedit import FedITOptions
 from folklora.methods.options import Options
 from folklora.methods.residuals import Changes, ResidualLog

@@ -36,7 +36,8 @@ from torch import Tensor
 from folklora.adapters.lowrank import Tensors, gaussian, orthonormal, select
 from folklora.data.statistics import refuse_unknown, take
 from folklora.errors import MessageError, MethodError
-from folklora.methods.base import Client, Message, Method, State, blank, refuse_other_prefixes
+from folklora.methods.base import Method, blank, refuse_other_prefixes
+from folklora.methods.contract import Client, Message, State
 from folklora.methods.discriminant import linear_discriminant
 from folklora.methods.fedit import FedITOptions
 from folklora.methods.svd import principal

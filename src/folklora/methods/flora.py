@@ -27,7 +27,8 @@ import torch
 
 from folklora.adapters.lowrank import Tensors, kaiming, kind
 from folklora.methods.aggregation import weighted_mean
-from folklora.methods.base import Client, Context, Message, Method, State
+from folklora.methods.base import Method
+from folklora.methods.contract import Client, Context, Message, State
 from folklora.methods.fedit import FedITOptions
 from folklora.methods.options import Options
 from folklora.methods.residuals import Changes, ResidualLog

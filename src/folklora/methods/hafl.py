@@ -34,7 +34,8 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Shapes, Tensors, kind
 from folklora.errors import MessageError
-from folklora.methods.base import Client, Message, State, blank
+from folklora.methods.base import blank
+from folklora.methods.contract import Client, Message, State
 from folklora.methods.fedit import FedITOptions
 from folklora.methods.owners import Chosen, Pairs, cut, owners_mean, side_by_side
 from folklora.methods.work import Terms, Trained, Work

@@ -27,7 +27,7 @@ from pydantic import Field
 
 from folklora.adapters.lowrank import Site
 from folklora.errors import MethodError
-from folklora.methods.base import Client, Context, Message
+from folklora.methods.contract import Client, Context, Message
 from folklora.methods.hafl import HAFL, HAFLOptions
 from folklora.methods.options import Options
 from folklora.quantization import BLOCK, MOST_IN_BLOCK, blocks_of, packed_bytes

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Shapes, Tensors, kind
 from folklora.errors import MessageError
-from folklora.methods.base import Client, Message, State
+from folklora.methods.contract import Client, Message, State
 from folklora.methods.fedit import FedITOptions
 from folklora.methods.owners import Chosen
 from folklora.methods.padding import ZeroPadding

@@ -36,7 +36,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from folklora.methods.base import Message, Method, State
+from folklora.methods.base import Method
+from folklora.methods.contract import Message, State
 from folklora.methods.fedit import FedITOptions
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from folklora.adapters.lowrank import Tensors, gaussian
-from folklora.methods.base import Context, Method
+from folklora.methods.base import Method
+from folklora.methods.contract import Context
 from folklora.methods.fedit import FedITOptions
 from folklora.methods.options import Options
 from folklora.methods.svd import Principal

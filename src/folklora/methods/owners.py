@@ -26,7 +26,8 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Site, Tensors, kind
 from folklora.methods.aggregation import weighted_mean
-from folklora.methods.base import Message, Method, State
+from folklora.methods.base import Method
+from folklora.methods.contract import Message, State
 from folklora.methods.fedit import FedITOptions
 from folklora.methods.options import Options
 

@@ -9,7 +9,7 @@ client's own accuracy that of its personal one.
 from __future__ import annotations
 
 from folklora.adapters.lowrank import Tensors
-from folklora.methods.base import Client
+from folklora.methods.contract import Client
 from folklora.methods.fedit import FedIT
 
 BRANCH = "personal"

@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from folklora.adapters.lowrank import kind
-from folklora.methods.base import Client, Method
+from folklora.methods.base import Method
+from folklora.methods.contract import Client
 from folklora.methods.work import Work
 
 

@@ -32,7 +32,8 @@ from torch import Tensor
 from folklora.adapters.lowrank import Shapes, Site, Tensors, orthonormal, select
 from folklora.errors import MessageError, MethodError
 from folklora.methods.aggregation import weighted_mean
-from folklora.methods.base import Client, Context, Message, Method, State, blank
+from folklora.methods.base import Method, blank
+from folklora.methods.contract import Client, Context, Message, State
 from folklora.methods.fedit import FedITOptions
 from folklora.methods.options import Options
 from folklora.methods.owners import owners_mean

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import LowRank, Site, Tensors, kind
 from folklora.errors import MessageError
-from folklora.methods.base import Client, Context, Message, State
+from folklora.methods.contract import Client, Context, Message, State
 
 VERSION = "version"
 """The client's note: the round of the latest change it has made."""

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Shapes, Tensors, kind
 from folklora.errors import MethodError
-from folklora.methods.base import Client, Context, Message, Method, State
+from folklora.methods.base import Method
+from folklora.methods.contract import Client, Context, Message, State
 from folklora.methods.options import Options
 from folklora.methods.work import Trained, Work
 

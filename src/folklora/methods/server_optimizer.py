@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from folklora.adapters.lowrank import kind
-from folklora.methods.base import Message, Method, State
+from folklora.methods.base import Method
+from folklora.methods.contract import Message, State
 
 
 class ServerOptimizer(Method):

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Literal
 
 from folklora.adapters.lowrank import Tensors
-from folklora.methods.base import Method, State
+from folklora.methods.base import Method
+from folklora.methods.contract import State
 from folklora.methods.options import Options
 
 

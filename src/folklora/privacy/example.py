@@ -20,7 +20,8 @@ from folklora.data.release import noise_multiplier
 from folklora.errors import RecipeError
 from folklora.methods.base import Method
 from folklora.privacy.accounting import epsilon_spent, event, noise_for, steps_within
-from folklora.recipe import Recipe, TrainSection
+from folklora.recipe import Recipe
+from folklora.sections import TrainSection
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent

@@ -12,10 +12,11 @@ from folklora.adapters.lowrank import Shapes, kind
 from folklora.errors import RunError
 from folklora.federation.contract import CONTRACT, Contract, SiteShape
 from folklora.methods.base import Method
-from folklora.recipe import AdapterSection, Recipe
+from folklora.recipe import Recipe
 from folklora.report.attacked import AttackRecord, read_attacks
 from folklora.report.reading import Run, read_run
 from folklora.report.records import Spent, parse
+from folklora.sections import AdapterSection
 
 ASKED_ALL = 10_000
 """Clients that are asked one by one what they send; beyond, those of one rank count as alike."""

@@ -25,7 +25,7 @@ from folklora.backbones.task import Example, Task
 from folklora.methods.work import Terms
 from folklora.privacy.example import sampling
 from folklora.randomness import numpy_generator, torch_generator
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 from folklora.training.optimizer import build, clip_rows, schedule
 from folklora.training.prefetch import Prefetch
 from folklora.training.private import NUMBERS, Part, Private, add_clipped, lay_out_apart

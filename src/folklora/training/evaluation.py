@@ -13,7 +13,7 @@ from folklora.backbones.conversation import Turns
 from folklora.backbones.metric import Score
 from folklora.backbones.task import Task
 from folklora.backbones.text_metrics import TEXT_METRICS
-from folklora.recipe import EvalSection
+from folklora.sections import EvalSection
 from folklora.training.generation import generate as answers_of
 from folklora.training.generation import prompt_tokens
 from folklora.training.prediction import Question, predict

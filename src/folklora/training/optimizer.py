@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 
 
 class RowOptimizer(Protocol):

@@ -33,7 +33,8 @@ from folklora.backbones.task import Example, Task
 from folklora.methods.work import Work
 from folklora.privacy.example import sampling, steps
 from folklora.randomness import derive, derive_secret, numpy_generator, secret_generator, torch_generator
-from folklora.recipe import Recipe, TrainSection
+from folklora.recipe import Recipe
+from folklora.sections import TrainSection
 
 NUMBERS = 2**25
 """Of models in one pass, where every example has a copy of its client's: 128 MiB, and up to as much of gradients."""

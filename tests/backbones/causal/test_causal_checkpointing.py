@@ -16,7 +16,7 @@ from folklora.backbones.backbone import Backbone
 from folklora.backbones.classification import Classification
 from folklora.backbones.decoder import PACKABLE
 from folklora.errors import BackboneError
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 from folklora.training.cohort import CohortTrainer, Job
 
 LABELS = [[0, 1, 0, 1], [1], [0, 0]]

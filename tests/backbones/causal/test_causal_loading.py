@@ -18,7 +18,7 @@ from folklora.backbones import lowbit, tasks
 from folklora.backbones.backbone import Backbone
 from folklora.backbones.causal import CausalBackbone, CausalLM
 from folklora.errors import BackboneError
-from folklora.recipe import AdapterSection, ModelSection
+from folklora.sections import AdapterSection, ModelSection
 
 LABELS = [[0, 0, 0, 0], [0], [0, 0]]
 LIBRARIES = {

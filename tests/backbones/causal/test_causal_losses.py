@@ -16,7 +16,7 @@ from folklora.backbones.causal import CausalLM, Dialogue
 from folklora.backbones.decoder import PACKABLE
 from folklora.backbones.metric import LOSS
 from folklora.errors import BackboneError
-from folklora.recipe import TrainSection
+from folklora.sections import TrainSection
 from folklora.training.cohort import CohortTrainer, Job
 
 LABELS = [[0, 0, 0, 0], [0], [0, 0]]

@@ -20,7 +20,7 @@ from folklora import cli
 from folklora.federation import resident
 from folklora.federation.codec import decode, encode
 from folklora.federation.orders import Answer, Order
-from folklora.methods.base import Message
+from folklora.methods.contract import Message
 
 
 class OnCue(resident.Resident):

@@ -92,7 +92,7 @@ def test_pixels_come_to_have_the_features_that_are_wanted(
     from folklora.adapters.lowrank import LowRank
     from folklora.backbones.tasks import build_task
     from folklora.privacy.attacks.replica import Replica
-    from folklora.recipe import AdapterSection, ModelSection
+    from folklora.sections import AdapterSection, ModelSection
 
     task = build_task(
         ModelSection(name=str(seeing_model("vit")), dtype="float32"), AdapterSection(), "image", ("a", "b")

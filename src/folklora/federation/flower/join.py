@@ -19,7 +19,7 @@ from folklora.errors import FederationError
 from folklora.federation.files import write_whole
 from folklora.federation.flower.membership import Membership
 from folklora.federation.flower.processes import Daemon, ended_by_signals, is_loopback, supernode
-from folklora.recipe import COLUMNS
+from folklora.sections import COLUMNS
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_
 
 from folklora.errors import FederationError
 from folklora.federation.flower import certificates
-from folklora.recipe import Section, describe_validation_error
+from folklora.recipe import describe_validation_error
+from folklora.sections import Section
 
 FEDERATION, MEMBER = "federation.toml", "member.toml"
 PORT = 9443

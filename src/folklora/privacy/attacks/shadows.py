@@ -21,7 +21,7 @@ from folklora.federation.intake import Intake, intake_of
 from folklora.federation.ledger import Ledger
 from folklora.federation.member import Member
 from folklora.federation.setup import Setup
-from folklora.methods.base import Message, State
+from folklora.methods.contract import Message, State
 from folklora.privacy.attacks.warm import Warm
 from folklora.privacy.attacks.witness import Alone
 from folklora.randomness import derive

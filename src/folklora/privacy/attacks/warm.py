@@ -17,7 +17,7 @@ from folklora.federation.rounds import Progress, Rounds
 from folklora.federation.run import refuse_other_data
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import Setup, prepare
-from folklora.methods.base import State
+from folklora.methods.contract import State
 from folklora.recipe import Recipe
 
 

@@ -24,7 +24,7 @@ from folklora.federation.ledger import Ledger
 from folklora.federation.local import LocalEngine
 from folklora.federation.member import Member
 from folklora.federation.setup import Setup
-from folklora.methods.base import Client, Message, State
+from folklora.methods.contract import Client, Message, State
 from folklora.privacy.attacks.observation import Knowledge, Observation, Victim, cut
 from folklora.privacy.attacks.replica import Replica
 from folklora.privacy.attacks.warm import Warm, with_batch

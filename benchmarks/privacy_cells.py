@@ -21,7 +21,25 @@ SEEDS = (0, 1, 2)
 TEXT = ("banking77.toml", ("data.limit=2000", "model.max_length=64", "train.rounds=5"))
 PICTURES = ("fashion.toml", ("data.limit=1500", "adapter.tower=image", "train.rounds=5"))
 BALANCED = ("banking77.toml", (*TEXT[1], "data.test_fraction=0.45"))
-SETTINGS = {"banking77": TEXT, "banking77, halves": BALANCED, "fashion": PICTURES}
+MANY = ("banking77.toml", ("data.clients=50", "data.limit=4000", "model.max_length=64", "train.rounds=10"))
+"""More clients than elsewhere: what hides one of them is the others."""
+COMMENTS = ("banking77.toml", ("data.source=../examples/data/goemotions.jsonl", *TEXT[1]))
+CHATS = ("dolly.toml", ("data.limit=400", "model.max_length=64", "eval.generate=[]"))
+EMOJI = ("emoji.toml", ("adapter.tower=image",))
+PHOTOGRAPHS = (
+    "fashion.toml",
+    ("adapter.tower=image", "data.source=../examples/data/photographs.npz", "data.partition=iid", "data.clients=2"),
+)
+SETTINGS = {
+    "banking77": TEXT,
+    "banking77, halves": BALANCED,
+    "banking77, 50 clients": MANY,
+    "goemotions": COMMENTS,
+    "dolly": CHATS,
+    "fashion": PICTURES,
+    "twemoji": EMOJI,
+    "coco": PHOTOGRAPHS,
+}
 
 METHODS = ("local", "fedit", "ffa", "fedsa", "loraxs", "celora", "folklora")
 """Everything from all factors to none; the last three differ in the frame in which a core travels."""
@@ -166,4 +184,15 @@ def cells() -> Iterator[Cell]:
             yield from attacked("local steps", "banking77", "span", LEAKING, seed, steps=steps)
         yield from attacked("labels", "banking77", "labels", LEAKING, seed, budget=2 * SHADOWS)
         yield from attacked("attacked under epsilon", "banking77", "span", private(PRIVATE, "example", EPSILONS), seed)
+        attack_of = dict.fromkeys(("goemotions", "dolly"), "span") | dict.fromkeys(("twemoji", "coco"), "inverting")
+        for setting, attack in attack_of.items():
+            kept: dict[str, Any] = {"budget": 400} if attack == "inverting" else {}
+            methods = ("fedit", "celora")
+            yield from attacked("victims", setting, attack, methods, seed, victims=2, gallery=True, **VIEWS[0], **kept)
+        yield from attacked(
+            "membership under epsilon", "banking77, halves", "membership",
+            private((PRIVATE[0], PRIVATE[-1]), "example", EPSILONS[:1]), seed, budget=SHADOWS,
+        )  # fmt: skip
+        plain_and_private = (*PRIVATE, *private(PRIVATE, "client", EPSILONS[:1]))
+        yield from (Defended("epsilon of clients", "banking77, 50 clients", m, seed) for m in plain_and_private)
         yield from (Defended("utility", "fashion", method, seed) for method in METHODS[:-1])

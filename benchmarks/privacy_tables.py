@@ -130,20 +130,49 @@ INFERRED = (
 
 
 def inference() -> str:
-    rows = [row for name in ("once", "membership", "labels") for row in part(name)]
+    named = {"once": ("once",), "membership": ("membership", "membership under epsilon"), "labels": ("labels",)}
+    rows = [row for names in named.values() for name in names for row in part(name)]
     if not rows:
         return NOT_RUN
-    told = [each for each in INFERRED if any(each[1] in r["metrics"] for r in of(rows, part=each[0]))]
+    told = [each for each in INFERRED if any(each[1] in r["metrics"] for r in part(each[0]))]
     lines = [
-        [label(v), *(percent(of(rows, part=name, variant=v), metric) for name, metric, _ in told)]
+        [
+            label(v),
+            *(percent([r for r in of(rows, variant=v) if r["part"] in named[name]], m) for name, m, _ in told),
+        ]
         for v in variants(rows)
     ]
     return markdown(["method", *(words for *_, words in told)], lines) + seeds(rows)
 
 
-def epsilon() -> str:
-    """Accuracy under example-level privacy, by epsilon, and what the span attack still gets."""
-    rows, attacked = part("epsilon"), part("attacked under epsilon")
+def victims() -> str:
+    """The same attacks on other data: the first metric of its kind that each attack has."""
+    rows = part("victims")
+    if not rows:
+        return NOT_RUN
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    lines = []
+    for setting in settings:
+        for v in variants(of(rows, setting=setting)):
+            found = of(rows, setting=setting, variant=v)
+            text = "token_recall" in found[0]["metrics"]
+            kinds = ((True, "token_recall", 0), (True, "rouge_l", 0), (False, "psnr", 1), (False, "ssim", 2))
+            cells = [_number(found, metric, digits) if text == told else "-" for told, metric, digits in kinds]
+            lines.append([setting, found[0]["attack"], label(v), *cells])
+    header = ["victims", "attack", "method", "tokens, %", "ROUGE-L, %", "PSNR, dB", "SSIM"]
+    return markdown(header, lines, left=3) + seeds(rows)
+
+
+def epsilon(name: str, attacks: str | None) -> Callable[[], str]:
+    """Accuracy by epsilon in one part, and what the span attack of another one still gets."""
+
+    def table() -> str:
+        return _epsilons(part(name), part(attacks) if attacks else [])
+
+    return table
+
+
+def _epsilons(rows: Sequence[Row], attacked: Sequence[Row]) -> str:
     if not rows:
         return NOT_RUN
     asked = sorted({_epsilon(row["variant"]) for row in rows}, reverse=True)
@@ -213,7 +242,9 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
         ),
     ),
     "privacy-inference": ("privacy", inference),
-    "privacy-epsilon": ("privacy", epsilon),
+    "privacy-epsilon": ("privacy", epsilon("epsilon", "attacked under epsilon")),
+    "privacy-clients": ("privacy", epsilon("epsilon of clients", None)),
+    "privacy-victims": ("privacy", victims),
     "privacy-utility": ("privacy", utility),
 }
 """Marker -> the results it needs, and what makes it."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import accuracy_tables
+import poison_tables
 import privacy_tables
 import task_tables
 from accuracy_tables import load, markdown
@@ -219,6 +220,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     **accuracy_tables.TABLES,
     **task_tables.TABLES,
     **privacy_tables.TABLES,
+    **poison_tables.TABLES,
     "privacy-attacks": ("", privacy_tables.attacks),
     "cohort": ("cohort", cohort),
     "engines": ("engines", engines),

@@ -11,7 +11,8 @@ fine-tuned or tested on again:
 
 Rows that share a text or a picture go the same way: a passage with several questions (dolly), an emoji in its five skin
 tones (emoji), neighbouring speeches, which quote each other as prompts (shakespeare). GSM8K and SGD come with splits of
-their own: their training parts are for pretraining, ``examples/data/gsm8k-test.jsonl`` is left for recipes.
+their own: their training parts are for pretraining, ``examples/data/gsm8k-test.jsonl`` is left for recipes. Two sets no
+checkpoint has seen: GoEmotions' comments with one emotion, and photographs, victims of `benchmarks/privacy.py`.
 """
 
 from __future__ import annotations
@@ -84,6 +85,14 @@ def sgd(raw: Path, split: str) -> list[Row]:
     ]
 
 
+def goemotions(raw: Path) -> list[Row]:
+    """Comments that all raters gave one and the same emotion."""
+    folder = raw / "goemotions"
+    names = (folder / "labels.txt").read_text(encoding="utf-8").split()
+    lines = (line.split("\t") for line in (folder / "train.tsv").read_text(encoding="utf-8").split("\n") if line)
+    return [{"text": text, "label": names[int(labels)]} for text, labels, _ in lines if "," not in labels]
+
+
 def as_chat(row: Row) -> Row:
     """What pretraining reads: the row as chat messages, a context behind the prompt."""
     if "messages" in row:
@@ -115,6 +124,15 @@ def fashion(raw: Path) -> Iterator[tuple[str, Row]]:
     for image, label in zip(images, labels, strict=True):
         colours = np.repeat(np.pad(image, border)[..., None], 3, axis=-1)
         yield part_of(image.tobytes()), {"image": colours, "label": FASHION[label]}
+
+
+def photographs(raw: Path) -> list[Row]:
+    """COCO photographs under free licences, 64 x 64, each of a class of its own: its first caption."""
+    folder = raw / "coco_mini_by"
+    with np.load(folder / "center64.npz", allow_pickle=False) as file:
+        images = file["images"]
+    rows = read_lines(folder / "index.jsonl")
+    return [{"image": i, "label": row["captions"][0].strip()} for i, row in zip(images, rows, strict=True)]
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -162,6 +180,8 @@ def prepare(raw: Path, to: Path) -> None:
     write_lines(to / "heldout" / "gsm8k.jsonl", map(as_chat, gsm8k(raw, "test")))
     write_lines(to / "pretraining" / "sgd.jsonl", sgd(raw, "train"))
     write_lines(to / "heldout" / "sgd.jsonl", sgd(raw, "dev"))
+    write_lines(to / "goemotions.jsonl", goemotions(raw))
+    write_arrays(to / "photographs.npz", photographs(raw))
     for name, pictures in (("emoji", emoji), ("fashion", fashion)):
         for part, rows in parts(pictures(raw)).items():
             write_arrays(to / PLACES[part] / f"{name}.npz", rows)

@@ -63,6 +63,13 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         head = b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
         (folder / "fashion_mnist" / f"train-{kind}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    comments = [f"{sentence(draw)}\t{labels}\tid" for labels in ("0", "1,2", "2", "0")]
+    (folder / "goemotions").mkdir()
+    (folder / "goemotions" / "train.tsv").write_text("\n".join([*comments, ""]), encoding="utf-8")
+    (folder / "goemotions" / "labels.txt").write_text("joy\nanger\nneutral\n", encoding="utf-8")
+    about = [{"captions": [f"photo {i} ", "another"]} for i in range(5)]
+    write_lines(folder / "coco_mini_by" / "index.jsonl", about)
+    np.savez(folder / "coco_mini_by" / "center64.npz", images=draw.integers(0, 256, (5, 64, 64, 3), np.uint8))
     return folder
 
 

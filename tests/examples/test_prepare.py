@@ -70,10 +70,20 @@ def test_fashion_pictures_keep_their_pixels_and_labels(raw: Path, prepared: Path
         assert image.sum() == image[4:-4, 4:-4].sum()
 
 
+def test_comments_have_one_emotion_and_photographs_a_caption_each(raw: Path, prepared: Path) -> None:
+    told = [line.split("\t") for line in (raw / "goemotions" / "train.tsv").read_text(encoding="utf-8").splitlines()]
+    assert lines(prepared / "goemotions.jsonl") == [
+        {"text": told[i][0], "label": label} for i, label in ((0, "joy"), (2, "neutral"), (3, "joy"))
+    ]
+    file = np.load(prepared / "photographs.npz", allow_pickle=False)
+    assert file["label"].tolist() == [f"photo {i}" for i in range(5)]
+    assert file["image"].shape == (5, 64, 64, 3)
+
+
 def test_the_split_is_the_same_each_time(raw: Path, prepared: Path, tmp_path: Path) -> None:
     prepare_data.main(["--data", str(raw), "--to", str(tmp_path)])
     files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
-    assert len(files) == 17
+    assert len(files) == 19
     for file in files:
         assert (tmp_path / file).read_bytes() == (prepared / file).read_bytes()
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import torch
+
 from folklora.adapters.lowrank import LowRank
 from folklora.errors import FolkLoraError
 from folklora.federation.run import variant
 from folklora.federation.setup import Setup, context
-from folklora.federation.traffic import per_round
+from folklora.federation.traffic import forecast
 from folklora.methods import build
 
 BUDGET = "fedit"
@@ -18,7 +20,7 @@ ALIKE = 0.02
 """A method within two per cent of the budget as it is needs no second entry."""
 
 
-def closest(bytes_at: Callable[[int], int], budget: float, largest: int) -> int:
+def closest(bytes_at: Callable[[int], float], budget: float, largest: int) -> int:
     """The rank from 1 to ``largest`` whose bytes are closest to the budget; of two as close, the smaller.
 
     ``bytes_at`` does not decrease.
@@ -31,8 +33,8 @@ def closest(bytes_at: Callable[[int], int], budget: float, largest: int) -> int:
     return below if budget - bytes_at(below) <= abs(bytes_at(low) - budget) else low
 
 
-def round_bytes(setup: Setup, text: str) -> int:
-    """Bytes up and down of one client and round, for an entry as `folklora compare --methods` takes it.
+def round_bytes(setup: Setup, text: str) -> float:
+    """Mean bytes of one client and round, up and down, for an entry as `folklora compare --methods` takes it.
 
     Raises
     ------
@@ -43,7 +45,8 @@ def round_bytes(setup: Setup, text: str) -> int:
     assert isinstance(recipe.adapter.rank, int)
     found = context(recipe, setup.task, dict.fromkeys(setup.ranks, recipe.adapter.rank))
     method = build(recipe.method.name, recipe.method.options, found)
-    traffic = per_round(method, next(iter(setup.ranks)), recipe.message.dtype)
+    # Of a whole run: where factors alternate, the first reply is lighter than all others.
+    traffic = forecast(method, {next(iter(setup.ranks)): torch.ones(found.classes)}, recipe.message)
     return traffic.up + traffic.down
 
 
@@ -57,7 +60,7 @@ def entry(setup: Setup, text: str, budget: float) -> str | None:
     largest = LowRank(setup.task.backbone.sites, core=False, alpha=1.0).max_rank()
 
     @cache
-    def at(candidate: int) -> tuple[int, int]:
+    def at(candidate: int) -> tuple[float, int]:
         """Bytes, and the rank they belong to: the largest up to the candidate that the method takes."""
         for accepted in range(candidate, 0, -1):
             try:

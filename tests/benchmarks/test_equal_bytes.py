@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import equal_bytes
@@ -26,7 +27,7 @@ def setup() -> Any:
     return prepare(Recipe.parse({"data": {"limit": 200, "clients": 4, "min_examples": 3}}))
 
 
-@pytest.mark.parametrize("method", ["ffa", "fedsa", "celora", "folklora", "loraxs"])
+@pytest.mark.parametrize("method", ["ffa", "fedsa", "rolora", "celora", "folklora", "loraxs"])
 def test_an_entry_costs_what_the_budget_is_as_closely_as_any_rank_does(setup: Any, method: str) -> None:
     budget = equal_bytes.round_bytes(setup, "fedit")
     entry = equal_bytes.entry(setup, method, budget)
@@ -41,6 +42,16 @@ def test_an_entry_costs_what_the_budget_is_as_closely_as_any_rank_does(setup: An
 @pytest.mark.parametrize("method", ["local", "sketch", "fedit"])
 def test_what_sends_nothing_or_costs_the_budget_anyway_needs_no_entry(setup: Any, method: str) -> None:
     assert equal_bytes.entry(setup, method, equal_bytes.round_bytes(setup, "fedit")) is None
+
+
+def test_where_factors_alternate_the_whole_run_counts(setup: Any) -> None:
+    """Up go the head and one factor, down comes the whole model from the second round on."""
+    shapes = setup.method.adapter.shapes(8)
+    a, b = (4 * sum(math.prod(shape) for name, shape in shapes.items() if name[0] == kind) for kind in "AB")
+    head, rounds = 4 * sum(map(math.prod, setup.method.context.head.values())), setup.recipe.train.rounds
+    up, down = head + (a + b) / 2, head + b + a * (rounds - 1) / rounds
+    assert equal_bytes.round_bytes(setup, "rolora") == pytest.approx(up + down, rel=0.02)
+    assert equal_bytes.round_bytes(setup, "fedit") == pytest.approx(2 * (head + a + b), rel=0.02)
 
 
 def test_ranks_that_a_method_refuses_are_passed_over(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,29 +18,25 @@ method (``--tune``); test data is read once, at the end of each run.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
-import os
 import re
 import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import equal_bytes
+from resumable import Row, Store, claimed, perform, same
 from settings import TRAIN, Setting, settings
 
-from folklora.errors import RunError
-from folklora.federation.run import resume, run, run_name, variant
+from folklora.federation.run import run_name, variant
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import prepare
 from folklora.methods import METHODS as REGISTRY
-from folklora.recipe import Recipe
 from folklora.report.tables import human_seconds
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,8 +122,6 @@ STAGES: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("methods", ("goemotions dirichlet 0.5 (50 clients)", "snips dirichlet 0.5 (50 clients)"), (0, 1, 2)),
 )
 """Part, settings and seeds in the order they are run: within a stage one seed of all settings before the next."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -233,49 +227,10 @@ def _placeless(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: Path(value).name if key in ("source", "test") else value for key, value in section.items()}
 
 
-def same(one: Recipe, other: Recipe) -> bool:
-    """The same run, wherever its files lie."""
-    a, b = one.model_dump(), other.model_dump()
-    for document in (a, b):
-        document["data"] = {
-            k: Path(v).name if k in ("source", "test") and v else v for k, v in document["data"].items()
-        }
-    return a == b
-
-
-@contextmanager
-def claimed(path: Path, runs: Path) -> Iterator[bool]:
-    """Whether the run is this process's alone; the system gives the claim back however the process ends."""
-    claims = runs / ".claims"
-    claims.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(str(path.relative_to(runs)).encode()).hexdigest()[:24]
-    with (claims / name).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-def perform(recipe: Recipe, path: Path) -> Row:
-    """The row of a run: begun, gone on with, or only read."""
-    if (path / "recipe.toml").exists():
-        if not same(RunDirectory.open(path).recipe, recipe):
-            raise RunError(f"{path} holds a run of another recipe; remove it, or use another --runs")
-        summary = resume(path)
-    else:
-        summary = run(recipe, path)
-    row: Row = summary["row"]
-    return row
-
-
 @dataclass
-class Bench:
-    """Where runs and results lie, and what of them has been read."""
+class Bench(Store):
+    """What settings there are, and what of their runs has been read."""
 
-    runs: Path
-    results: Path
     found: Mapping[str, Setting]
     examples: int = TUNING_EXAMPLES
     equal: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -286,11 +241,6 @@ class Bench:
     def rates(self) -> dict[str, str]:
         chosen: dict[str, str] = self.load("tuning").get("chosen", {})
         return chosen
-
-    def load(self, name: str) -> dict[str, Any]:
-        path = self.results / f"{name}.json"
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return document
 
     def collect_tuning(self) -> None:
         """Validation accuracy by method and rate, and the best rate of every method whose grid is complete."""
@@ -375,30 +325,6 @@ class Bench:
             "equal_bytes": self.equal,
             "ranks": {**RANKS, **PROMOTED},
         }
-
-    # -- files ---------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """One process at a time reads the disk and writes what it read: nobody's finished run is written away."""
-        self.results.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.results, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(folder)
-
-    def write(self, name: str, document: Mapping[str, Any]) -> None:
-        """Whole or not at all; a row a line."""
-        rows = document.get("rows")
-        text = json.dumps({**document, **({"rows": []} if rows else {})}, indent=1, allow_nan=False)
-        if rows:
-            lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in rows)
-            text = text.replace('"rows": []', f'"rows": [\n  {lines}\n ]')
-        temporary = self.results / f".{name}.json.part"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.results / f"{name}.json")
 
     # -- equal bytes ---------------------------------------------------------------------------------------------
 

@@ -17,21 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from _common import RESULTS, environment
-from accuracy import Bench, claimed, perform
+from _common import RESULTS, environment, finish
+from resumable import Store, perform, work
 
 from folklora.federation.run import run_name, variant
 from folklora.recipe import Recipe
-from folklora.report.tables import human_seconds
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "banking77.toml"
 CHANGES = ("data.limit=1500", "model.max_length=64", "train.rounds=5", "train.evaluate_every=5", "robust.byzantine=0.3")
@@ -113,8 +111,8 @@ def _weight(path: Path, clients: Sequence[str], liars: Sequence[str]) -> float |
     return given / (len(liars) / len(clients))
 
 
-def collect(bench: Bench, cells: Sequence[Cell], changes: Sequence[str]) -> int:
-    """Rewrite ``poison.json`` from the runs on disk; rows that were not asked for now stay. How many are left."""
+def collect(bench: Store, cells: Sequence[Cell], changes: Sequence[str]) -> None:
+    """Rewrite ``poison.json`` from the runs on disk; rows that were not asked for now stay."""
     with bench.locked():
         before = bench.load("poison")
         rows = {_key(row): row for row in before.get("rows", []) if before.get("changes") == [*CHANGES, *changes]}
@@ -123,36 +121,10 @@ def collect(bench: Bench, cells: Sequence[Cell], changes: Sequence[str]) -> int:
         where = environment(torch.device("cpu"), torch.float32)
         document = {"environment": where, "recipe": RECIPE.name, "changes": [*CHANGES, *changes], "scales": ATTACKS}
         bench.write("poison", {**document, "rows": [rows[key] for key in sorted(rows)]})
-    return len(cells) - len(found)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["variant"], row["attack"], row["share"], row["seed"]
-
-
-def work(bench: Bench, cells: Sequence[Cell], changes: Sequence[str]) -> dict[str, str]:
-    """Run what is not finished and not another process's; returns what failed and why."""
-    failed: dict[str, str] = {}
-    for cell in cells:
-        path = cell.folder(bench.runs)
-        with claimed(path, bench.runs) as mine:
-            if not mine or row_of(cell, path) is not None:
-                continue
-            started = time.perf_counter()
-            try:
-                perform(cell.recipe(changes), path)
-            except Exception as error:  # one run's failure must not end all others
-                failed[cell.label] = f"{type(error).__name__}: {error}"
-                print(f"{cell.label}: failed: {failed[cell.label]}", file=sys.stderr, flush=True)
-                continue
-        left = collect(bench, cells, changes)
-        row = row_of(cell, path)
-        assert row is not None
-        taken = human_seconds(time.perf_counter() - started)
-        print(
-            f"{cell.label}: honest {row['honest_mean']:.1%} in {taken}; {left} runs left", file=sys.stderr, flush=True
-        )
-    return failed
 
 
 def main() -> None:
@@ -173,17 +145,25 @@ def main() -> None:
     if unknown := [name for name in attacks if name not in ATTACKS]:
         raise SystemExit(f"--attacks: no such attack {unknown[0]!r}; allowed: {', '.join(ATTACKS)}")
     cells = plan(given.variants.split(","), attacks, [float(share) for share in given.shares.split(",")], given.seeds)
-    bench = Bench(given.runs.resolve(), given.results, {})
-    failed = {} if given.list or given.collect else work(bench, cells, given.set)
-    if given.list:
-        missing = [cell for cell in cells if row_of(cell, cell.folder(bench.runs)) is None]
-        for cell in missing:
-            print(f"left: {cell.label}", file=sys.stderr)
-        left = len(missing)
-    else:
-        left = collect(bench, cells, given.set)
-    print(json.dumps({"benchmark": "poison", "left": left, "failed": len(failed)}))
-    raise SystemExit(1 if failed else 0)
+    bench = Store(given.runs.resolve(), given.results)
+
+    def folder(cell: Cell) -> Path:
+        return cell.folder(bench.runs)
+
+    def missing() -> list[Cell]:
+        return [cell for cell in cells if row_of(cell, folder(cell)) is None]
+
+    def run_one(cell: Cell, path: Path) -> str:
+        perform(cell.recipe(given.set), path)
+        row = row_of(cell, path)
+        assert row is not None
+        return f"honest {row['honest_mean']:.1%}"
+
+    collecting = partial(collect, bench, cells, given.set)
+    failed = {} if given.list or given.collect else work(missing, folder, run_one, collecting, bench.runs)
+    if not given.list:
+        collecting()
+    finish("poison", [cell.label for cell in missing()], failed, listed=given.list)
 
 
 if __name__ == "__main__":

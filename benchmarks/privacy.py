@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +22,10 @@ from typing import Any
 
 import torch
 from _common import RESULTS, environment, finish
-from accuracy import Bench, claimed, perform
 from privacy_cells import Attacked, Cell, Defended, cells
+from resumable import Store, perform, work
 
-from folklora.errors import FolkLoraError
 from folklora.privacy.attacks.run import attack
-from folklora.report.tables import human_seconds
 
 SHOWN = 2
 """Victims of each attack whose texts or pictures are kept for the page."""
@@ -39,7 +35,7 @@ SHOWN = 2
 class Privacy:
     """Where runs and results lie; what has been read of them."""
 
-    bench: Bench  # its files, and the lock on them
+    bench: Store  # its files, and the lock on them
     cells: list[Cell]
     read: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
@@ -93,43 +89,16 @@ def _short(cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "metrics": metrics, "victims": found["victims"][: SHOWN if cell.gallery else 0]}
 
 
-def work(privacy: Privacy) -> dict[str, str]:
-    """Run what is not finished and not another process's, as long as there is any; returns what failed and why."""
-    failed: dict[str, str] = {}
-    while ready := [cell for cell in privacy.left() if cell.label not in failed]:
-        ran = False
-        for cell in ready:
-            path = privacy.path(cell)
-            with claimed(path, privacy.bench.runs) as mine:
-                if not mine or privacy.finished(cell) is not None:
-                    continue
-                started = time.perf_counter()
-                try:
-                    _perform(cell, path)
-                except Exception as error:  # one method's bug must not end everybody's night
-                    ours = isinstance(error, FolkLoraError)
-                    failed[cell.label] = str(error) if ours else f"{type(error).__name__}: {error}"
-                    print(f"{cell.label}: failed: {failed[cell.label]}", file=sys.stderr, flush=True)
-                    continue
-            ran = True
-            privacy.collect()
-            taken = human_seconds(time.perf_counter() - started)
-            print(f"{cell.label}: {taken}; {len(privacy.left())} left", file=sys.stderr, flush=True)
-            break  # another process may have done what was next
-        if not ran:
-            break
-    return failed
-
-
-def _perform(cell: Cell, path: Path) -> None:
+def run_one(cell: Cell, path: Path) -> str:
     if isinstance(cell, Defended):
         perform(cell.recipe, path)
-        return
+        return ""
     document = attack(cell.recipe, cell.plan)
     path.mkdir(parents=True, exist_ok=True)
     part = path / f".{os.getpid()}.part"
     part.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
     part.replace(path / "result.json")
+    return ""
 
 
 def _chosen(found: Iterator[Cell], only: list[str], seeds: list[int]) -> list[Cell]:
@@ -151,12 +120,13 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    bench = Bench(given.runs.resolve(), given.results, {})
+    bench = Store(given.runs.resolve(), given.results)
     every = list(cells())
     only, seeds = ([t for t in text.split(",") if t] for text in (given.only, given.seed))
     failed: dict[str, str] = {}
     if not (given.list or given.collect):
-        failed = work(Privacy(bench, _chosen(iter(every), only, [int(seed) for seed in seeds])))
+        chosen = Privacy(bench, _chosen(iter(every), only, [int(seed) for seed in seeds]))
+        failed = work(chosen.left, chosen.path, run_one, Privacy(bench, every).collect, bench.runs)
     privacy = Privacy(bench, every)
     if not given.list:
         privacy.collect()

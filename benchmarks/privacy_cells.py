@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -57,7 +58,7 @@ VIEWS: tuple[dict[str, Any], ...] = ({"view": "gradient", "knowledge": {"bases":
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(ABC):
     """One measurement: ``part`` is the table it belongs to."""
 
     part: str
@@ -75,8 +76,9 @@ class Cell:
         return f"{self.part}; {self.setting}; {self.name}; seed {self.seed}"
 
     @property
+    @abstractmethod
     def name(self) -> str:
-        raise NotImplementedError
+        """Of the folder with its result."""
 
     def told(self) -> dict[str, Any]:
         return {"part": self.part, "setting": self.setting, "variant": self.method, "seed": self.seed}

@@ -18,8 +18,6 @@ import hashlib
 import json
 import os
 import re
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -28,12 +26,11 @@ from typing import Any
 
 import torch
 from _common import RESULTS, environment, finish
-from accuracy import Bench, Row, claimed, perform
+from resumable import Row, Store, perform, work
 
 from folklora.backbones.metric import metric_of
 from folklora.federation.run import run_name, variant
 from folklora.recipe import Recipe
-from folklora.report.tables import human_seconds
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SEEDS = 3
@@ -115,7 +112,7 @@ def grid(variant: str) -> tuple[str, ...]:
 class Tasks:
     """Where runs and results lie; what has been read of them."""
 
-    bench: Bench  # its files, and the lock on them
+    bench: Store  # its files, and the lock on them
     tasks: Sequence[Task]
     variants: Sequence[str]
     read: dict[Path, Row] = field(default_factory=dict)
@@ -153,6 +150,10 @@ class Tasks:
 
     def left(self) -> list[Cell]:
         return [cell for cell in self.plan() if not cell.rate or self.finished(cell) is None]
+
+    def ready(self) -> list[Cell]:
+        """What is left and whose rate is known."""
+        return [cell for cell in self.left() if cell.rate]
 
     def collect(self) -> None:
         """Rewrite ``tasks.json`` from the runs on disk; rows of tasks and methods not asked for now stay."""
@@ -200,32 +201,10 @@ def _checkpoints(tasks: Sequence[Task]) -> dict[str, Any]:
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
 
 
-def work(tasks: Tasks) -> dict[str, str]:
-    """Run what is not finished and not another process's, as long as there is any; returns what failed and why."""
-    failed: dict[str, str] = {}
-    while ready := [cell for cell in tasks.left() if cell.rate and cell.label not in failed]:
-        ran = False
-        for cell in ready:
-            path = cell.folder(tasks.bench.runs)
-            with claimed(path, tasks.bench.runs) as mine:
-                if not mine or tasks.finished(cell) is not None:
-                    continue
-                started = time.perf_counter()
-                try:
-                    row = perform(variant(cell.task.recipe(), cell.entry, cell.seed), path)
-                except Exception as error:  # one method's bug must not end everybody's night
-                    failed[cell.label] = f"{type(error).__name__}: {error}"
-                    print(f"{cell.label}: failed: {failed[cell.label]}", file=sys.stderr, flush=True)
-                    continue
-            ran = True
-            tasks.collect()
-            metric, taken = metric_of(row), human_seconds(time.perf_counter() - started)
-            score = f"{metric.words} {metric.show(row[metric.name + '_mean'])}"
-            print(f"{cell.label}: {score} in {taken}; {len(tasks.left())} runs left", file=sys.stderr, flush=True)
-            break  # what is most telling next may be another now
-        if not ran:
-            break
-    return failed
+def run_one(cell: Cell, path: Path) -> str:
+    row = perform(variant(cell.task.recipe(), cell.entry, cell.seed), path)
+    metric = metric_of(row)
+    return f"{metric.words} {metric.show(row[metric.name + '_mean'])}"
 
 
 def main() -> None:
@@ -242,13 +221,15 @@ def main() -> None:
     only = [text for text in given.only.split(",") if text]
     chosen = [task for task in TASKS if not only or any(text in task.name for text in only)]
     methods = [name for name in given.methods.split(",") if name]
-    bench = Bench(given.runs.resolve(), given.results, {})
+    bench = Store(given.runs.resolve(), given.results)
     try:
         tasks = Tasks(bench, chosen, [UNTRAINED, *methods])
         left = tasks.left()
     except OSError as error:
         raise SystemExit(f"{error.filename}: {error.strerror}; `make models` makes it") from None
-    failed = {} if given.list or given.collect else work(tasks)
+    failed: dict[str, str] = {}
+    if not (given.list or given.collect):
+        failed = work(tasks.ready, lambda cell: cell.folder(bench.runs), run_one, tasks.collect, bench.runs)
     if not given.list:
         tasks.collect()
         left = tasks.left()

@@ -88,7 +88,7 @@ def test_every_cell_is_another_one_and_can_be() -> None:
     from folklora.methods import check_options
 
     for entry in {cell.method for cell in cells if cell.setting == "banking77"}:
-        recipe = privacy_cells.variant(privacy_cells.Cell("", "banking77", entry, 0).base, entry, 0)
+        recipe = privacy_cells.Defended("", "banking77", entry, 0).recipe
         check_options(recipe.method.name, recipe.method.options)
 
 

@@ -13,7 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import accuracy_tables
+import drift_tables
+import experts_tables
+import newcomers_tables
 import privacy_figures
+import shots_tables
 from accuracy_tables import MAIN, Results, accuracy_results, bought_results, equal_rank, own_model
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -234,7 +238,9 @@ def main() -> None:
     arguments = parser.parse_args()
     accuracy_tables.RESULTS = arguments.results
     stale = []
-    for file, draw in {**pictures(accuracy_results()), **privacy_figures.PICTURES}.items():
+    others = {**privacy_figures.PICTURES, **newcomers_tables.PICTURES}
+    others |= {**drift_tables.PICTURES, **experts_tables.PICTURES, **shots_tables.PICTURES}
+    for file, draw in {**pictures(accuracy_results()), **others}.items():
         figure, path = draw(), arguments.to / f"{file}.png"
         if figure is None:
             continue

@@ -13,8 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import accuracy_tables
+import condensed_tables
+import drift_tables
+import experts_tables
+import newcomers_tables
 import poison_tables
 import privacy_tables
+import shots_tables
 import task_tables
 from accuracy_tables import load, markdown
 
@@ -219,8 +224,13 @@ def _seconds(seconds: float) -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     **accuracy_tables.TABLES,
     **task_tables.TABLES,
+    **drift_tables.TABLES,
+    **experts_tables.TABLES,
     **privacy_tables.TABLES,
+    **newcomers_tables.TABLES,
     **poison_tables.TABLES,
+    **shots_tables.TABLES,
+    **condensed_tables.TABLES,
     "privacy-attacks": ("", privacy_tables.attacks),
     "cohort": ("cohort", cohort),
     "engines": ("engines", engines),

@@ -327,6 +327,8 @@ def inspect(recipe: RecipeFile, set_: Set = None, as_json: Json = False) -> None
         sizes = (str(entry["examples"][part]) for part in ("train", "validation", "test"))
         table.add_row(client, str(entry["rank"]), *sizes, str(len(entry["labels"])), f"{label} ({count})")
     out.print(table)
+    if newcomers := found["newcomers"]:
+        out.print(f"newcomers, who take part in no round: {', '.join(newcomers)}")
 
 
 @app.command()

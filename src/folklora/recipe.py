@@ -126,12 +126,39 @@ class Recipe(Section):
     def _faults_are_simulated(self) -> Recipe:
         simulated = {f"faults.{name}": share for name, share in self.faults} | {"train.failures": self.train.failures}
         simulated["poison.share"] = self.poison.share
-        simulated["newcomers.share"] = self.newcomers.share
         simulated["drift.share"] = self.drift.share if self.drift.kind != "none" else 0.0
         if self.engine.kind != "local" and (named := [name for name, share in simulated.items() if share]):
             raise ValueError(
                 f'{named[0]} = {simulated[named[0]]} with engine.kind = "{self.engine.kind}"; '
                 'allowed: faults are simulated, with engine.kind = "local"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drift_can_be_told(self) -> Recipe:
+        if self.drift.kind == "none":
+            return self
+        here, partition = f'drift.kind = "{self.drift.kind}"', self.data.partition
+        if self.drift.kind == "labels" and partition in ("iid", "natural"):
+            raise ValueError(
+                f'{here} with data.partition = "{partition}", which skews no labels; allowed: partition = "dirichlet", '
+                '"pathological" or "shards", or drift.kind = "classes"'
+            )
+        others = (
+            (self.train.patience is not None, "train.patience: scores before and after do not compare", "no patience"),
+            (self.privacy.unit == "example", 'privacy.unit = "example", counted for one set of examples', "another"),
+            (self.poison.kind != "none", f'poison.kind = "{self.poison.kind}"', "one of the two"),
+        )
+        for there, what, allowed in others:
+            if there:
+                raise ValueError(f"{here} with {what}; allowed: {allowed}")
+        return self
+
+    @model_validator(mode="after")
+    def _shots_last(self) -> Recipe:
+        if self.data.shots is not None and self.drift.kind != "none":
+            raise ValueError(
+                f'data.shots = {self.data.shots} with drift.kind = "{self.drift.kind}"; allowed: one of them'
             )
         return self
 

@@ -91,6 +91,9 @@ class DataSection(Section):
     classes_per_client: int = Field(2, ge=1, description="pathological")
     shards_per_client: int = Field(2, ge=1, description="shards")
     min_examples: int = Field(10, ge=3, description="every client has at least this many examples")
+    shots: int | None = Field(
+        None, ge=1, description="a client trains on at most so many examples of each class; its others are left alone"
+    )
     validation: float = Field(0.1, gt=0, lt=1, description="fraction of each client's examples")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="fraction of each client's examples")
 
@@ -312,7 +315,7 @@ class DriftSection(Section):
     """Simulated, in the local engine: clients whose data change in mid-run."""
 
     kind: Literal["none", "labels", "classes"] = Field(
-        "none", description="labels: other shares of the same labels; classes: labels that a client did not have before"
+        "none", description="labels: shared out anew, as at first; classes: some that a client did not have join in"
     )
     round: int = Field(2, ge=2, le=100_000, description="the first with the new data")
     share: float = Field(1.0, gt=0, le=1, description="of the clients; who they are follows from the seed")

@@ -74,6 +74,8 @@ class Shown:
         if privacy := metrics.get("privacy"):
             parts.append(f"epsilon {privacy['epsilon']:.3g} (delta {privacy['delta']:g})")
         parts.append(f"{(metrics['bytes_up'] + metrics['bytes_down']) / 1000:,.1f} kB moved")
+        if drift := metrics.get("drift"):
+            parts.append(f"other data: {len(drift)} client{'s' if len(drift) > 1 else ''}")
         if metrics["failed"]:
             parts.append(f"failed: {', '.join(metrics['failed'])}")
         err.print(" · ".join(parts), style="yellow" if metrics["failed"] else None, soft_wrap=True)

@@ -222,7 +222,7 @@ def test_unlabelled_clients_by_a_column_and_by_chance() -> None:
     assert list(clients) == sorted(set(DOMAINS))
     assert all(domains(table, of) == {name} for name, of in clients.items())
     assert_disjoint(partition(table, DataSection(partition="iid", clients=4), 0), 500)
-    found, classes, back = from_json(to_json(table, clients), examples=500)
+    found, classes, back, _ = from_json(to_json(table, clients), examples=500)
     assert (found, classes, shares(back)) == (fingerprint(table), ONE_CLASS, shares(clients))
 
 
@@ -386,7 +386,7 @@ def test_json_round_trip_keeps_clients_and_their_order() -> None:
     assert document["clients"]["z0"]["test"] == clients["z0"].test.tolist()
     for client, of in clients.items():
         assert document["counts"][client] == [int((table.labels[of.train] == label).sum()) for label in (0, 1)]
-    found, classes, back = from_json(text, examples=60)
+    found, classes, back, _ = from_json(text, examples=60)
     assert found == fingerprint(table)
     assert classes == table.classes
     assert list(back) == list(clients)

@@ -152,8 +152,8 @@ def test_a_welcome_is_told_again_and_counts_once(tiny_recipe: Any, play: Play) -
 
 def test_a_sketch_that_does_not_come_fails_its_client_alone(tiny_recipe: Any, play: Play) -> None:
     class Deaf(LocalEngine):
-        def sketches(self, clients: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-            for client, data in reversed(list(super().sketches(clients))):
+        def sketches(self, clients: Sequence[str], round: int = 0) -> Iterator[tuple[str, bytes | None]]:
+            for client, data in reversed(list(super().sketches(clients, round))):
                 if client != "1":
                     yield from [(client, data)] * (2 if client == "2" else 1)
             yield "nobody", data

@@ -64,8 +64,8 @@ class Missing(LocalEngine):
     def present(self, round: int, clients: Sequence[str], least: int) -> Sequence[str]:
         return [client for client in clients if (client, round) not in self.absent]
 
-    def sketches(self, clients: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-        for client, data in super().sketches(clients):
+    def sketches(self, clients: Sequence[str], round: int = 0) -> Iterator[tuple[str, bytes | None]]:
+        for client, data in super().sketches(clients, round):
             if data is None or (client, 0) not in self.silent:
                 yield client, data
 

@@ -35,7 +35,8 @@ Play = Callable[..., Any]
 def loop(*overrides: str, clients: Sequence[str] = tuple("0123456789")) -> Rounds:
     """A round loop that only answers who takes part."""
     recipe = Recipe.parse({"data": {"clients": len(clients)}}, overrides)
-    setup: Any = SimpleNamespace(recipe=recipe, method=None, task=SimpleNamespace(metric=ACCURACY))
+    data, task = SimpleNamespace(later={}), SimpleNamespace(metric=ACCURACY)
+    setup: Any = SimpleNamespace(recipe=recipe, method=None, task=task, data=data, newcomers=())
     return Rounds(setup, None, None, clients, Silent())  # type: ignore[arg-type]
 
 

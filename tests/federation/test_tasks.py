@@ -18,7 +18,7 @@ from folklora.federation.rundir import RunDirectory
 from folklora.methods import METHODS
 from folklora.recipe import Recipe
 
-HEADLESS = sorted(name for name in METHODS if name != "sketch")
+HEADLESS = sorted(name for name in METHODS if not METHODS[name].needs_head)
 
 
 @pytest.fixture

@@ -69,8 +69,8 @@ class Recorded(LocalEngine):
         self.current = 1  # the round whose start a delivery belongs to
         self.has: dict[str, bytes] = {}
 
-    def sketches(self, clients: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-        for client, data in super().sketches(clients):
+    def sketches(self, clients: Sequence[str], round: int = 0) -> Iterator[tuple[str, bytes | None]]:
+        for client, data in super().sketches(clients, round):
             if data is not None:
                 self.once_up[client] = data
             yield client, data

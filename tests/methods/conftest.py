@@ -27,6 +27,8 @@ from folklora.randomness import derive, torch_generator
 SITES = (Site("layer.0.query", 10, 12), Site("layer.1.value", 8, 7))
 CLASSES, WIDTH, ALPHA = 4, 6, 6.0
 HEAD: Shapes = {"head/weight": (CLASSES, WIDTH), "head/bias": (CLASSES,)}
+# Numbers of steps say nothing of what is tested here.
+BRIEF: dict[str, dict[str, Any]] = {name: {"steps": 3, "server_steps": 3} for name in ("feddm", "fedaf")}
 IDS = ("ann", "bob", "cid", "dot", "eve")
 
 
@@ -37,6 +39,7 @@ class Features:
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
     gradients: Tensors = field(default_factory=dict)
+    inputs: Tensors = field(default_factory=dict)
     asked: list[Tensors] = field(default_factory=list)
 
     def features(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
@@ -45,6 +48,9 @@ class Features:
     def weight_gradients(self, head: Tensors, examples: int) -> Tensors:
         self.asked.append(head)
         return self.gradients
+
+    def layer_inputs(self, tensors: Tensors, examples: int) -> Tensors:
+        return self.inputs
 
 
 def made_up(client: str, count: int, seed: int, classes: int = CLASSES) -> Features:
@@ -60,7 +66,8 @@ def made_up(client: str, count: int, seed: int, classes: int = CLASSES) -> Featu
 
     noise = torch_generator(seed, "gradients", client)
     gradients = {f"grad/{site.name}": torch.randn(site.d_out, site.d_in, generator=noise) for site in SITES}
-    return Features(draw(count), draw(max(2, count // 3)), gradients)
+    inputs = {f"input/{site.name}": torch.randn(site.d_in, generator=noise) for site in SITES}
+    return Features(draw(count), draw(max(2, count // 3)), gradients, inputs)
 
 
 @cache
@@ -234,7 +241,7 @@ def federation(context: Callable[..., Context]) -> Callable[..., Federation]:
         **other: Any,
     ) -> Federation:
         made = context(ranks, **{"classes": 1, "head": {}, **other} if headless else other)
-        method = build(name, dict(options or {}), made)
+        method = build(name, {**BRIEF.get(name, {}), **(options or {})}, made)
         clients = {}
         for client, count in zip(made.clients, examples, strict=False):
             own = data[client] if data else made_up(client, count, 3, made.classes)

@@ -43,6 +43,9 @@ TABLE: dict[str, list[tuple[str, str]]] = {
     "hetlora": [("A B head norm", "A B head norm rank")] * 2,
     "hafl": [("A B head norm", "A B head norm index")] * 2,
     "haflq": [("A B head norm", "A B head norm index")] * 2,
+    "fedamole": [("A B T head norm", "A B T head norm token embedding")] * 2,
+    "feddm": [("", "condensed")] * 2,
+    "fedaf": [("", "condensed logits soft")] * 2,
     "celora": [("A B C head norm", "C")] * 2,
     "folklora": [("C head norm", "C")] * 2,
 }
@@ -50,6 +53,10 @@ CORE = {"celora", "folklora", "loraxs", "fedsb", "ravan"}
 MIXED = {"local", "sketch", "celora", "folklora", "flora", "zeropad", "replication", "hetlora", "hafl", "haflq"}
 # Those with one model for all, whose head travels by default too.
 GLOBAL = {"fedit", "ffa", "rolora", "fedawa", "lorafair", "flora", "fedex", "federa", "loraxs", "fedsb", "ravan"}
+# What they send is data: no model goes up, and what comes down is the server's own.
+CONDENSED = {"feddm", "fedaf"}
+DATA = {"condensed": "condensed/inputs", "logits": "logits/mean", "soft": "soft/mean"}
+WITH_A_HEAD = {"sketch", *CONDENSED}
 GLOBAL |= {"ditto", "apfl", "zeropad", "replication", "hetlora", "hafl", "haflq"}
 # What comes back as something else than the mean by examples: weights are learned; a mean is corrected; stacks.
 NO_MEAN: dict[str, tuple[str, ...]] = {
@@ -67,17 +74,25 @@ BASE = {*MERGES, "federa"}
 # RAVAN sends the product of gains and cores: on receipt the gains are one again, and only the product is what was sent.
 # It stacks two heads of rank 3 here.
 HEADS = {"ravan": 2}
-OF_A_SITE = {"A", "B", "C", "H", "gain", "base", "index"}
+# Every client holds six experts of rank 3 beside the shared one, whoever chooses whom.
+EXPERTS = {"fedamole": 7}
+MIXTURE: dict[str, dict[str, Any]] = {"fedamole": {"min_experts": 6, "max_experts": 6}}
+OF_A_SITE = {"A", "B", "C", "T", "H", "gain", "base", "index", "live", "token", "embedding"}
 # Starts that follow from the frozen weights, not from the seed: exact but for rounding, or for LoRA-XS's tiny core.
 SVD = {"federa": 1e-5, "loraxs": 1e-3}
 HEAD_SHARED = {"head": "shared", "head_start": "sketched"}
 # Methods that send few bits, as they are where nothing is lost: a scale for each number.
 COARSE: dict[str, dict[str, Any]] = {"fedlpp": {"block": 1}, "haflq": {"block": 1, "bits": 64.0}}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, COARSE.get(name, {})) for name in TABLE),
-    *((name, {**HEAD_SHARED, **COARSE.get(name, {})}) for name in TABLE if name != "sketch"),
+    *((name, {**COARSE, **MIXTURE}.get(name, {})) for name in TABLE),
+    *((name, {**HEAD_SHARED, **{**COARSE, **MIXTURE}.get(name, {})}) for name in TABLE if name != "sketch"),
     *((name, {"head": "private", "head_start": "auto"}) for name in ("local", "fedit", "rolora", "celora")),
     ("folklora", {"head": "private", "head_start": "zero"}),
+    ("local", {"augment": "auto"}),
+    ("sketch", {"head_start": "fitted"}),
+    ("fedit", {"head": "private", "augment": "gan"}),
+    ("celora", {"augment": "sketch"}),
+    ("folklora", {"head_start": "fitted", "augment": "gaussian"}),
     *(
         ("celora", {"basis": basis, "similarity": similarity})
         for basis in ("private", "frozen", "aligned")
@@ -99,6 +114,7 @@ def names_of(kinds: str, core: bool) -> set[str]:
     sites = ("layer.0.query", "layer.1.value")
     factors = {f"{kind}/{site}" for kind in kinds.split() if kind in OF_A_SITE for site in sites}
     factors |= {"index/rank"} if "rank" in kinds.split() else set()
+    factors |= {DATA[kind] for kind in kinds.split() if kind in DATA}
     return factors | (HEAD if "head" in kinds else set()) | (NORM if "norm" in kinds else set())
 
 
@@ -108,6 +124,7 @@ def shape_of(name: str, rank: int, heads: int = 1) -> tuple[int, ...]:
     stacked = heads * rank
     shapes = {"A": (stacked, d_in), "C": (stacked, stacked), "B": (d_out, stacked), "base": (d_out, d_in)}
     shapes |= {"H": (heads, rank, rank), "gain": (heads,), "index": (rank,)}
+    shapes |= {"T": (rank, d_in), "live": (heads - 1,), "token": (rank,), "embedding": (heads - 1, rank)}
     return fixed.get(name) or shapes[name.partition("/")[0]]
 
 
@@ -142,12 +159,12 @@ def test_the_first_model_is_the_frozen_backbone(
     fed = federation(name, options, ranks=ranks)
     for client in fed.clients.values():
         kinds = ("A B C head norm" if name in CORE else "A B head norm") + (" base" if name in BASE else "")
-        kinds += " gain" if name in HEADS else ""
+        kinds += " gain" if name in HEADS else " T live" if name in EXPERTS else ""
         assert set(client.tensors) == names_of(kinds, name in CORE)
         for key, tensor in client.tensors.items():
             # Where pairs are frozen, a client's rank is how many it trains: all hold the most there are.
             rank = max(ranks) if options.get("scheme") == "freezing" else client.rank
-            assert tensor.shape == shape_of(key, rank, HEADS.get(name, 1))
+            assert tensor.shape == shape_of(key, rank, {**HEADS, **EXPERTS}.get(name, 1))
             assert tensor.dtype == torch.float32
             assert not tensor.requires_grad
         assert all(np.abs(product).max() <= SVD.get(name, 0.0) for product in fed.dense(client.tensors))
@@ -193,7 +210,7 @@ def test_what_a_client_owns_is_its_own_memory(context: Callable[..., Any], name:
 @pytest.mark.parametrize("round", [1, 2, 3])
 @pytest.mark.parametrize("head", [None, "private", "shared"])
 def test_what_trains_and_what_travels(federation: Callable[..., Any], name: str, round: int, head: str | None) -> None:
-    if name == "sketch" and head is not None:
+    if name in WITH_A_HEAD and head is not None:
         return
     fed = federation(name, {} if head is None else {"head": head, "head_start": "zero"}).begin()
     trains, travels = TABLE[name][(round - 1) % 2]
@@ -222,7 +239,8 @@ def test_what_is_sent_is_what_is_expected_at_every_rank(
         for client, message in fed.step(round).items():
             check(message, fed.method.expected(round, fed.state, client), ("examples",))
             for key, tensor in message.tensors.items():
-                assert tensor.shape == shape_of(key, fed.clients[client].rank, HEADS.get(name, 1))
+                stacked = {**HEADS, **EXPERTS}.get(name, 1)
+                assert name in CONDENSED or tensor.shape == shape_of(key, fed.clients[client].rank, stacked)
 
 
 @everyone
@@ -233,6 +251,7 @@ def test_the_one_off_upload_is_statistics_or_mixtures_and_nothing_else(
     mixture = {f"mixture/{part}" for part in ("classes", "counts", "components", "weights", "means", "variances")}
     gradient = {"gradient/layer.0.query", "gradient/layer.1.value", "count/gradient"}
     wanted = {"sketch": statistics, "folklora": statistics, "celora": mixture, "fedsb": gradient}.get(name, set())
+    wanted = {"counts/train"} if name in CONDENSED else wanted
     fed = federation(name)
     sketches = fed.sketches()
     assert set(sketches) == (set(fed.clients) if wanted else set())
@@ -268,6 +287,8 @@ def test_celora_sketches_only_what_its_options_read(
 def test_a_reply_changes_what_travelled_and_keeps_every_shape(
     federation: Callable[..., Any], name: str, options: dict[str, Any]
 ) -> None:
+    if name in CONDENSED:  # a model comes down for data that goes up
+        return
     fed = federation(name, options, ranks=(2, 5, 3) if name in MIXED else (3, 3, 3)).begin()
     travelled: set[str] = set()
     for round in (1, 2, 3):
@@ -288,7 +309,8 @@ def test_a_reply_changes_what_travelled_and_keeps_every_shape(
             if name in MERGES:
                 said = {key for key in said if not key.startswith(("up/", "down/", "base/"))}
             # Indices say which pairs went up; whoever is sent all of them needs none.
-            said, heard = ({key for key in keys if not key.startswith("index/")} for keys in (travelled, said))
+            up_only = ("index/", "token/", "embedding/")
+            said, heard = ({key for key in keys if not key.startswith(up_only)} for keys in (travelled, said))
             assert heard == {key for key in said if name != "flora" or key[0] not in "AB"}
             assert reply is None or not reply.numbers
 
@@ -370,7 +392,7 @@ def test_messages_survive_the_wire(
 
 # -- aggregation -----------------------------------------------------------------------------------------------------
 
-TRAVELLING = [(name, options) for name, options in VARIANTS if name not in {"local", "sketch"}]
+TRAVELLING = [(name, options) for name, options in VARIANTS if name not in {"local", "sketch", *CONDENSED, *MIXTURE}]
 travelling = pytest.mark.parametrize(("name", "options"), TRAVELLING, ids=str)
 
 
@@ -462,7 +484,8 @@ def test_mixing_says_who_got_what_share(federation: Callable[..., Any], name: st
     fed = federation(name, options).begin()
     messages = fed.step(1, ["ann", "cid"])
     mixing = fed.method.mixing(fed.state, messages)
-    if name in {"local", "sketch"} or options.get("weights") == "layer":  # no one matrix for all layers
+    # No one matrix for all layers.
+    if name in {"local", "sketch", *CONDENSED, *MIXTURE} or options.get("weights") == "layer":
         assert mixing is None
         return
     assert mixing.shape == (2, 2)
@@ -486,7 +509,7 @@ def test_the_global_model_is_what_all_clients_hold(federation: Callable[..., Any
         fed.step(round)
         fed.deliver()
         model = fed.method.global_model(fed.state, "bob", dict(fed.clients["bob"].tensors))
-        if name in GLOBAL:
+        if name in {*GLOBAL, *CONDENSED}:
             assert all(same(model, client.tensors) for client in fed.clients.values())
         elif name == "sketch":
             assert same(model, fed.clients["ann"].tensors)
@@ -507,7 +530,7 @@ def test_with_a_private_head_no_model_is_global(federation: Callable[..., Any], 
 # -- heads -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(TABLE))
+@pytest.mark.parametrize("name", sorted({*TABLE} - {*CONDENSED}))
 def test_a_sketched_head_is_the_central_discriminant(federation: Callable[..., Any], name: str) -> None:
     options = {"head": "sketched", "head_start": "sketched"}
     fed = federation(name, options).begin()
@@ -612,6 +635,12 @@ def test_ranks_that_cannot_be(context: Callable[..., Any], name: str) -> None:
         ("fedit", {"head_start": "auto"}, 'head_start = "auto" needs a head that stays home'),
         ("folklora", {"head": "shared"}, 'head_start = "auto" needs a head that stays home'),
         ("fedit", {"head": True}, "method.head = True"),
+        ("fedit", {"head_start": "fitted"}, 'head_start = "fitted" needs a head that stays home'),
+        ("fedit", {"augment": "gan"}, 'augment = "gan" needs a head that stays home; allowed: head = "private"'),
+        ("folklora", {"augment": "auto"}, 'augment = "auto" with head_start = "auto"'),
+        ("local", {"augment": "sketch", "head": "sketched"}, 'allowed: head_start = "fitted"'),
+        ("local", {"augment": "vae"}, "method.augment = 'vae': input should be 'none', 'gaussian', 'sketch', 'gan'"),
+        ("celora", {"head_start": "fitted", "refresh": 2}, 'refresh = 2 with head_start = "fitted"'),
     ],
 )
 def test_bad_options_are_one_clear_line(name: str, options: dict[str, Any], complaint: str) -> None:
@@ -639,6 +668,9 @@ def test_a_projection_wider_than_the_features_is_refused_before_anything_runs(co
         ({"head": "private", "head_start": "auto"}, "auto", False),
         ({"head": "sketched", "head_start": "auto"}, "auto", False),
         ({"head": "private", "head_start": "zero"}, "zero", False),
+        ({"augment": "gan"}, "fitted", False),
+        ({"head_start": "fitted"}, "fitted", False),
+        ({"head": "sketched", "head_start": "fitted", "augment": "auto"}, "fitted", False),
     ],
 )
 def test_how_head_options_are_read(options: dict[str, Any], start: str, travels: bool) -> None:

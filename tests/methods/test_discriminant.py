@@ -8,9 +8,9 @@ import torch
 from sklearn.covariance import oas
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from folklora.data.statistics import ClassStatistics
+from folklora.data.statistics import ClassStatistics, oracle_approximating_shrinkage
 from folklora.errors import MethodError
-from folklora.methods.discriminant import linear_discriminant, oracle_approximating_shrinkage
+from folklora.methods.discriminant import linear_discriminant
 
 
 def examples(n: int, d: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from folklora.federation.traffic import describe_methods, per_round
 from folklora.methods import METHODS, describe_options
@@ -33,6 +34,9 @@ FORMULAS: dict[str, Callable[[int, int, int], float]] = {
     "replication": lambda d_in, d_out, r: r * (d_in + d_out),
     "hetlora": lambda d_in, d_out, r: r * (d_in + d_out) + 1,  # the rank
     "hafl": lambda d_in, d_out, r: r * (d_in + d_out) + r,  # and which pairs
+    # The shared expert and six others, W_t, and the embeddings of tokens and of the six.
+    "fedamole": lambda d_in, d_out, r: 7 * r * (d_in + d_out) + r * d_in + r + 6 * r,
+    "feddm": lambda d_in, d_out, r: 2 * 10 * d_in,  # a feature is as wide as the layer here: two classes of ten
     "celora": lambda d_in, d_out, r: r * r,
     "folklora": lambda d_in, d_out, r: r * r,
 }
@@ -46,7 +50,7 @@ def test_bytes_per_layer_are_the_formulas(d_in: int, d_out: int, rank: int) -> N
     for name, formula in FORMULAS.items():
         assert described[name]["bytes_per_layer_up"] == 4 * formula(d_in, d_out, rank)
         if name not in {"rolora", "fedlpp"}:
-            up_only = 1 if name == "hetlora" else 0
+            up_only = {"hetlora": 1, "fedamole": 7 * rank}.get(name, 0)
             assert described[name]["bytes_per_layer_down"] == 4 * (formula(d_in, d_out, rank) - up_only)
 
 
@@ -90,6 +94,9 @@ def test_what_is_said_in_words() -> None:
         "hetlora": ["A", "B", "head", "index"],
         "hafl": ["A", "B", "head", "index"],
         "haflq": ["A", "B", "head", "index"],
+        "fedamole": ["A", "B", "T", "embedding", "head", "token"],
+        "feddm": ["condensed"],
+        "fedaf": ["condensed", "logits", "soft"],
         "celora": ["C"],
         "folklora": ["C"],
     }
@@ -97,6 +104,8 @@ def test_what_is_said_in_words() -> None:
     assert once == {
         "sketch": "class statistics",
         "fedsb": "weight gradients",
+        "feddm": "class counts",
+        "fedaf": "class counts",
         "celora": "class mixtures",
         "folklora": "class statistics",
     }
@@ -113,14 +122,17 @@ def test_the_forecast_of_a_round_is_what_real_messages_weigh(
     federation: Callable[..., Any], name: str, head: str | None, dtype: str
 ) -> None:
     """Mean of the first two rounds, whole bytes: the client of each rank, up and down."""
-    if name == "sketch" and head is not None:
+    if METHODS[name].needs_head and head is not None:
         return
     ranks = (2, 5, 3) if METHODS[name].mixed_ranks else (3, 3, 3)
     options = {} if head in {None, "none"} else {"head": head, "head_start": "zero"}
+    # How many experts a client gets follows from its data; what is foretold is an even spread.
+    options |= {"min_experts": 6, "max_experts": 6} if name == "fedamole" else {}
     fed = federation(name, options, ranks=ranks, headless=head == "none").begin()
     silent = name in {"local", "sketch"} and head != "shared"
     for client, weighed in fed.weigh(dtype).items():
-        assert per_round(fed.method, client, dtype) == weighed
+        counts = torch.bincount(fed.clients[client].data.train[1], minlength=fed.method.context.classes)
+        assert per_round(fed.method, client, dtype, counts) == weighed
         assert (weighed.up == 0) == (weighed.down == 0) == silent
 
 
@@ -135,7 +147,8 @@ def test_every_option_is_told_in_words(name: str) -> None:
     """What combines with a method and nothing else, each with what is allowed and its default."""
     told = {option["key"]: option for option in describe_options(name)}
     assert ("method.proximal" in told) == ("proximal" in METHODS[name].combines)
-    heads = '"sketched"' if name == "sketch" else '"private" | "shared" | "sketched"'
+    only = {"sketch": '"sketched"', "feddm": '"shared"', "fedaf": '"shared"'}
+    heads = only.get(name, '"private" | "shared" | "sketched"')
     assert told["method.head"]["allowed"] == heads
     assert all(option["allowed"] and "typing" not in option["allowed"] for option in told.values())
     if name in {"celora", "folklora"}:

@@ -6,6 +6,7 @@ stacked factors of K clients and which rows belong to whom. An empty bank leaves
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,8 +18,21 @@ from folklora.adapters.grouped import Offsets, grouped_linear, grouped_matmul
 from folklora.errors import BackboneError
 
 
+class SiteAdapter:
+    """What K clients have plugged in at one site: what it adds to the frozen layer's output, for each client's rows.
+
+    ``penalty`` [K] is what the last `delta` wants added to each client's loss, if anything.
+    """
+
+    penalty: Tensor | None = None
+
+    def delta(self, x: Tensor, offsets: Offsets, mask: Tensor | None) -> Tensor:
+        """Of rows ``x [T, d_in]`` grouped by client -> [T, d_out]; ``mask`` is dropout's."""
+        raise NotImplementedError
+
+
 @dataclass
-class SiteStack:
+class SiteStack(SiteAdapter):
     """The factors of K clients at one site, zero-padded to a common rank r.
 
     Zero padding is exact: a padded row of A meets a padded column of B, both receive zero gradients and stay zero.
@@ -67,7 +81,7 @@ class Bank:
     Attributes
     ----------
     sites
-        Site name -> stacked factors; absent sites run frozen.
+        Site name -> what is plugged in there; absent sites run frozen.
     norms
         LayerNorm name -> (weight [K, d], bias [K, d]).
     offsets
@@ -78,11 +92,17 @@ class Bank:
         Of what the adapters see; none by default.
     """
 
-    sites: dict[str, SiteStack]
+    sites: Mapping[str, SiteAdapter]
     norms: dict[str, tuple[Tensor, Tensor]]
     offsets: Offsets
     token_clients: Tensor
     dropout: Dropout | None = None
+
+    @property
+    def penalty(self) -> Tensor | None:
+        """[K]: what the sites want added to each client's loss after a forward pass; None: nothing."""
+        wanted = [site.penalty for site in self.sites.values() if site.penalty is not None]
+        return torch.stack(wanted).sum(0) if wanted else None
 
 
 class Socket:

@@ -8,11 +8,13 @@ sites of one client live in one flat dictionary under ``A/<site>``, ``C/<site>``
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from folklora.adapters.layers import SiteAdapter, SiteStack
 from folklora.randomness import torch_generator
 
 Tensors = dict[str, Tensor]
@@ -87,6 +89,25 @@ class LowRank:
         dense = self.scale(len(a)) * b @ self.core_of(tensors, site) @ a
         base = tensors.get(f"base/{site}")
         return dense if base is None else dense + base.double()
+
+    def plug_site(
+        self, site: Site, stacks: Mapping[str, Tensor], scales: Tensor, owners: Tensor, real: Tensor
+    ) -> SiteAdapter:
+        """What runs at one site, of K clients' stacked tensors (`folklora.training.stacks`).
+
+        Parameters
+        ----------
+        scales
+            [K].
+        owners, real
+            [T]: the client of each token of the batch, and whether it is one rather than padding.
+        """
+        name = site.name
+        core, gain, base = (stacks.get(f"{factor}/{name}") for factor in ("C", "gain", "base"))
+        return SiteStack(stacks[f"A/{name}"], stacks[f"B/{name}"], core, scales, gain, base)
+
+    def refuse_folding(self) -> None:
+        """Raises RunError if no one matrix can be added to the frozen weight in this adapter's place."""
 
     def max_rank(self) -> int:
         """The largest rank that is still low: no factor may be taller than the layer it adapts."""

@@ -35,7 +35,13 @@ def fold(tensors: Tensors, adapter: LowRank) -> Tensors:
 
     The scaling of all sites is ``alpha / highest_rank(folded)``. A' = C A is formed in float64; a client that changed
     the frozen weights too (``base/<site>``) gets the factors of the sum.
+
+    Raises
+    ------
+    RunError
+        If the adapter is no low-rank product at all.
     """
+    adapter.refuse_folding()
     if any(f"base/{site.name}" in tensors for site in adapter.sites):
         return _fold_base(tensors, adapter)
     highest = highest_rank(tensors)

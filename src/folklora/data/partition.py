@@ -16,7 +16,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -61,9 +61,15 @@ def partition(table: Table, section: DataSection, seed: int) -> dict[str, Split]
     DataError
         The examples cannot be shared like that; one line says what is allowed.
     """
-    clients = _natural(table, section) if section.partition == "natural" else _synthetic(table, section, seed)
+    clients = _natural(table, section) if section.partition == "natural" else deal(table, section, seed)
     return {
-        client: split(table.labels, indices, section.validation, section.test_fraction, seed, client)
+        client: few(
+            split(table.labels, indices, section.validation, section.test_fraction, seed, client),
+            table.labels,
+            section.shots,
+            seed,
+            client,
+        )
         for client, indices in clients.items()
     }
 
@@ -105,6 +111,18 @@ def split(labels: np.ndarray, indices: np.ndarray, validation: float, test: floa
     return Split(train=np.sort(by_class), validation=np.sort(parts[1]), test=np.sort(parts[0]))
 
 
+def few(of: Split, labels: np.ndarray, shots: int | None, seed: int, client: str) -> Split:
+    """The split with at most so many training examples of each class, drawn; None: with all of them.
+
+    The draws of fewer shots are among those of more. What is not drawn is in no part.
+    """
+    if shots is None:
+        return of
+    shuffled = numpy_generator(seed, "shots", client).permutation(of.train)
+    kept = [shuffled[labels[shuffled] == each][:shots] for each in np.unique(labels[of.train])]
+    return Split(np.sort(np.concatenate(kept)), of.validation, of.test)
+
+
 def histogram(table: Table, examples: Split | np.ndarray) -> np.ndarray:
     """``[classes]`` int64 counts of a client's labels, over all three parts of a `Split`."""
     if isinstance(examples, Split):
@@ -139,7 +157,14 @@ def _natural(table: Table, section: DataSection) -> dict[str, np.ndarray]:
     return clients
 
 
-def _synthetic(table: Table, section: DataSection, seed: int) -> dict[str, np.ndarray]:
+def deal(table: Table, section: DataSection, seed: int) -> dict[str, np.ndarray]:
+    """Each client's examples, indices into the table, as any scheme but ``natural`` shares them out.
+
+    Raises
+    ------
+    DataError
+        As `partition`.
+    """
     from flwr_datasets.partitioner import IidPartitioner
 
     count, least = section.clients, section.min_examples
@@ -277,21 +302,33 @@ class _Document(BaseModel):
     classes: Annotated[list[str], Field(min_length=1)]  # one where examples have no labels
     clients: Annotated[dict[str, _Parts], Field(min_length=1)]
     counts: dict[str, list[Annotated[int, Field(ge=0)]]]
+    later_clients: dict[str, _Parts] = {}
+    later_counts: dict[str, list[Annotated[int, Field(ge=0)]]] = {}
 
 
-def to_json(table: Table, clients: Mapping[str, Split]) -> str:
-    """``partition.json``: the fingerprint of the table, its classes, every client's split and its training labels."""
+def to_json(table: Table, clients: Mapping[str, Split], later: Mapping[str, Split] | None = None) -> str:
+    """``partition.json``: the fingerprint of the table, its classes, every client's split and its training labels.
+
+    What those clients have ``later`` whose data change (`folklora.data.drift`) stands beside it in the same way.
+    """
+    document = {"fingerprint": fingerprint(table), "classes": table.classes, **_listed(table, clients)}
+    if later:
+        document |= {f"later_{name}": of for name, of in _listed(table, later).items()}
+    return json.dumps(document, ensure_ascii=False) + "\n"
+
+
+def _listed(table: Table, clients: Mapping[str, Split]) -> dict[str, Any]:
     splits = {
         client: {part: getattr(of, part).tolist() for part in ("train", "validation", "test")}
         for client, of in clients.items()
     }
-    counts = {client: histogram(table, of.train).tolist() for client, of in clients.items()}
-    document = {"fingerprint": fingerprint(table), "classes": table.classes, "clients": splits, "counts": counts}
-    return json.dumps(document, ensure_ascii=False) + "\n"
+    return {"clients": splits, "counts": {c: histogram(table, of.train).tolist() for c, of in clients.items()}}
 
 
-def from_json(text: str, examples: int | None = None) -> tuple[str, tuple[str, ...], dict[str, Split]]:
-    """Read what `to_json` wrote: the fingerprint, the classes, and the clients in their order.
+def from_json(
+    text: str, examples: int | None = None
+) -> tuple[str, tuple[str, ...], dict[str, Split], dict[str, Split]]:
+    """Read what `to_json` wrote: the fingerprint, the classes, the clients in their order, and what some have later.
 
     Parameters
     ----------
@@ -313,9 +350,19 @@ def from_json(text: str, examples: int | None = None) -> tuple[str, tuple[str, .
         raise DataError("partition.json: classes: a name occurs twice; allowed: each once")
     if len(document.classes) < 2 and tuple(document.classes) != ONE_CLASS:
         raise DataError(f"partition.json: classes: only one; allowed: two or more, or {ONE_CLASS[0]!r} without labels")
+    clients = _splits(document.clients, examples)
+    _check_counts(document, "counts", document.clients)
+    later = _splits(document.later_clients, examples)
+    _check_counts(document, "later_counts", document.later_clients)
+    if strange := next((client for client in later if client not in clients), None):
+        raise DataError(f"partition.json: later_clients: no client {strange!r}; allowed: some of `clients`")
+    return document.fingerprint, tuple(document.classes), clients, later
+
+
+def _splits(listed: Mapping[str, _Parts], examples: int | None) -> dict[str, Split]:
     clients = {}
     seen: dict[int, str] = {}
-    for client, parts in document.clients.items():
+    for client, parts in listed.items():
         for name, indices in parts:
             for index in indices:
                 if examples is not None and index >= examples:
@@ -331,22 +378,22 @@ def from_json(text: str, examples: int | None = None) -> tuple[str, tuple[str, .
                 seen[index] = f"client {client!r}, {name}"
         arrays = {name: np.array(indices, dtype=np.int64) for name, indices in parts}
         clients[client] = Split(**arrays)
-    _check_counts(document)
-    return document.fingerprint, tuple(document.classes), clients
+    return clients
 
 
-def _check_counts(document: _Document) -> None:
+def _check_counts(document: _Document, key: str, clients: Mapping[str, _Parts]) -> None:
     """Counts are there for reports, which do not have the table: they must fit the splits and the classes."""
-    if list(document.counts) != list(document.clients):
-        raise DataError("partition.json: counts: not those of `clients`; allowed: the same ones in the same order")
-    for client, counts in document.counts.items():
+    told: dict[str, list[int]] = getattr(document, key)
+    if list(told) != list(clients):
+        raise DataError(f"partition.json: {key}: not those of `clients`; allowed: the same ones in the same order")
+    for client, counts in told.items():
         if len(counts) != len(document.classes):
             raise DataError(
-                f"partition.json: counts: client {client!r} has {len(counts)} numbers; allowed: "
+                f"partition.json: {key}: client {client!r} has {len(counts)} numbers; allowed: "
                 f"{len(document.classes)}, one a class"
             )
-        if sum(counts) != len(document.clients[client].train):
+        if sum(counts) != len(clients[client].train):
             raise DataError(
-                f"partition.json: counts: client {client!r} has {sum(counts)} examples; allowed: "
-                f"{len(document.clients[client].train)}, as many as in its train"
+                f"partition.json: {key}: client {client!r} has {sum(counts)} examples; allowed: "
+                f"{len(clients[client].train)}, as many as in its train"
             )

@@ -82,6 +82,23 @@ class ClassStatistics:
         n = counts.sum()
         return cls(counts, means, total / n if n > 0 else total)
 
+    def without(self, part: ClassStatistics) -> ClassStatistics:
+        """The inverse of `merge`: of the examples that are not the part's, where those of the part are among these.
+
+        Rounding on the way, or noise, may leave less than nothing: a class with less than half an example is absent,
+        and the scatter is made positive semi-definite.
+        """
+        counts = self.counts - part.counts
+        counts = torch.where(counts < 0.5, 0.0, counts)
+        sums = self.counts.unsqueeze(1) * self.means - part.counts.unsqueeze(1) * part.means
+        means = torch.where(counts.unsqueeze(1) > 0, sums / counts.unsqueeze(1), 0.0)
+        total = self.counts.sum() * self.scatter - part.counts.sum() * part.scatter
+        for n, of in ((counts, means), (part.counts, part.means)):
+            shift = n.sqrt().unsqueeze(1) * (of - self.means)
+            total = total - shift.T @ shift
+        n = counts.sum()
+        return ClassStatistics(counts, means, positive_part(total / n) if n > 0 else torch.zeros_like(total))
+
     def to_tensors(self) -> dict[str, Tensor]:
         """The message: present classes only, and one triangle of the symmetric scatter.
 
@@ -130,6 +147,24 @@ class ClassStatistics:
         result.counts[ids] = counts
         result.means[ids] = torch.where(counts.unsqueeze(1) > 0, means, 0.0)
         return result
+
+
+def oracle_approximating_shrinkage(scatter: Tensor, n: float) -> float:
+    """Shrinkage of a covariance towards its mean variance that minimises the expected squared error, for Gaussians.
+
+    Chen, Wiesel, Eldar, Hero 2010 (arXiv 0907.4698, eq. 23) without its terms 2/d, as scikit-learn computes it:
+    ``g = (tr(S^2) + tr(S)^2) / ((n + 1)(tr(S^2) - tr(S)^2 / d))``, at most 1.
+
+    Parameters
+    ----------
+    scatter
+        ``[d, d]`` covariance S (divided by n).
+    n
+        Number of examples behind it.
+    """
+    squares, trace = float(scatter.square().sum()), float(scatter.trace())
+    excess = (n + 1) * (squares - trace**2 / scatter.shape[0])
+    return min((squares + trace**2) / excess, 1.0) if excess > 0 else 1.0
 
 
 def labelled(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,15 @@ or one tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from folklora.adapters.lowrank import Site
+from folklora.adapters.lowrank import LowRank, Site, Tensors
 from folklora.errors import MethodError
 from folklora.methods import build
 from folklora.methods.base import Method
@@ -45,6 +46,7 @@ class Contract(Section):
     classes: Width
     width: Width
     ranks: dict[str, Annotated[int, Field(ge=1, le=2**24)]]
+    input_width: Width | None = None  # of what stands behind the embedding layer, where inputs are texts
 
     @classmethod
     def of(cls, context: Context) -> Contract:
@@ -56,6 +58,7 @@ class Contract(Section):
             classes=context.classes,
             width=context.width,
             ranks=dict(context.ranks),
+            input_width=_input_width(context),
         )
 
     def encode(self) -> bytes:
@@ -91,12 +94,34 @@ class Contract(Section):
             promote=recipe.adapter.promote,
             promote_share=recipe.adapter.promote_share,
             momentum=recipe.train.momentum,
+            network=None if self.input_width is None else partial(_Shape, self.input_width),
         )
 
 
 def _weightless(shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
     """Shapes without memory: a file's word is no reason to allocate anything."""
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _input_width(context: Context) -> int | None:
+    if context.network is None:
+        return None
+    return context.network(LowRank(context.sites, False, context.alpha)).width
+
+
+class _Shape:
+    """A network that is a width and nothing else."""
+
+    longest = 2**24
+
+    def __init__(self, width: int, adapter: LowRank) -> None:
+        self.width = width
+
+    def features(self, model: Tensors, inputs: Tensor, lengths: Sequence[int]) -> Tensor:
+        raise MethodError("a contract has no backbone")
+
+    def public(self, count: int, length: int, generator: torch.Generator) -> Tensor:
+        raise MethodError("a contract has no backbone")
 
 
 def _no_weight(site: str) -> Tensor:

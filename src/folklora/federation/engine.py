@@ -18,7 +18,8 @@ from folklora.federation.member import SplitName
 class Upload:
     """What came back from a client's training: an encoded message, nothing (``data`` None), or a ``failure``.
 
-    ``round`` is the one it was made for; what is of another round does not count.
+    ``round`` is the one it was made for; what is of another round does not count. ``loss`` is the mean training loss,
+    not a number where the method trains nothing at its clients.
     """
 
     client: str
@@ -43,8 +44,8 @@ class Engine(Protocol):
         """Who of them can be asked now; a network engine waits up to ``engine.wait`` until ``least`` of them can."""
         ...
 
-    def sketches(self, clients: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Sketches of those that answer."""
+    def sketches(self, clients: Sequence[str], round: int = 0) -> Iterator[tuple[str, bytes | None]]:
+        """Sketches of those that answer; asked for again in a later round, they leave the clients as they are."""
         ...
 
     def settle(self, client: str, data: bytes) -> None: ...

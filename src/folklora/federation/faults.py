@@ -2,7 +2,7 @@
 
 How often is the recipe's ``[faults]``; whom they strike follows from (seed, fault, client, round), so a run with faults
 repeats like any other, also when it is interrupted and resumed. They strike what a client answers in a round, and its
-sketch (round 0); what the server says always arrives, and so do scores.
+sketch (at first, in round 0); what the server says always arrives, and so do scores.
 
 A late answer arrives in the round after its own. Until then it is on its way, which a run directory must know: it lies
 in the client's record, beside what is the client's.
@@ -58,12 +58,12 @@ class FaultyEngine:
                 break
         return [client for client in clients if client in there]
 
-    def sketches(self, clients: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-        for client, data in self.engine.sketches(clients):
-            # A late sketch is never read: sketches are asked for once. Who has none to send cannot be late with it.
-            if data is not None and self.strikes("late", client, 0):
+    def sketches(self, clients: Sequence[str], round: int = 0) -> Iterator[tuple[str, bytes | None]]:
+        for client, data in self.engine.sketches(clients, round):
+            # A late sketch is never read: nobody waits for it. Who has none to send cannot be late with it.
+            if data is not None and self.strikes("late", client, round):
                 continue
-            yield from [(client, self._carried(client, 0, data))] * self._copies(client, 0)
+            yield from [(client, self._carried(client, round, data))] * self._copies(client, round)
 
     def train(self, round: int, clients: Sequence[str]) -> Iterator[Upload]:
         self.round = round

@@ -90,6 +90,11 @@ def liars(recipe: Recipe, clients: int) -> int:
 
 def _refuse_rule(recipe: Recipe, method: Method) -> None:
     rule, clients = recipe.robust.rule, len(method.context.clients)
+    if rule != "mean" and method.condenses:
+        raise RecipeError(
+            f'robust.rule = "{rule}" with method.name = "{method.name}", whose clients send data: there is no update '
+            'to judge; allowed: "mean", or a method whose clients train, such as "fedit"'
+        )
     if rule in ("mean", "clip"):
         return
     if not method.averages:

@@ -58,6 +58,7 @@ def merge(path: str | Path, client: str, to: str | Path, *, tuned: bool = False)
     with whole_folder(to) as folder:
         model: ClientModel = client_model(path, client, tuned=tuned)
         setup = model.setup
+        setup.method.adapter.refuse_folding()
         save_merged(folder, setup.recipe.model.name, section.task, setup.method.adapter, model.tensors)
         save_beside(folder, model.tensors, _classes(setup), _use(setup))
     return to

@@ -37,16 +37,16 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
         }
         for client, split in splits.items()
     }
-    largest = max(splits, key=lambda client: setup.ranks[client])
+    largest = max(setup.clients, key=lambda client: setup.ranks[client])
     owned = method.initial(largest)
     numbers: dict[str, int] = {}
     for name, tensor in owned.items():
         numbers[kind(name)] = numbers.get(kind(name), 0) + tensor.numel()
-    jobs = [_job(setup.encoded, client, split.train) for client, split in splits.items()]
+    jobs = [_job(setup.encoded, client, splits[client].train) for client in setup.clients]
     slots = CohortTrainer(setup.task, method.adapter, recipe.train, recipe.seed).slots_for(jobs)
     client_bytes = 4 * sum(numbers.values())
-    counts = {client: torch.from_numpy(histogram(setup.data.table, split.train)) for client, split in splits.items()}
-    masked = parties(recipe, len(splits)) if recipe.secure.kind == "masks" else 0
+    counts = {c: torch.from_numpy(histogram(setup.data.table, splits[c].train)) for c in setup.clients}
+    masked = parties(recipe, len(setup.clients)) if recipe.secure.kind == "masks" else 0
     traffic = forecast(method, counts, recipe.message, masked=masked, sealed=recipe.secure.kind == "ckks")
     copies = 4 + (2 if backbone.dtype.itemsize == 2 else 0)
     tokens = recipe.train.tokens if recipe.train.cohort == "auto" else slots * recipe.train.batch_size * 32
@@ -68,7 +68,7 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
             "bytes_once_per_client": traffic.once,
         },
         "privacy": _privacy(setup),
-        "secure": secrecy(recipe, len(splits)),
+        "secure": secrecy(recipe, len(setup.clients)),
         "memory": {
             "backbone": backbone.parameters * copies,
             "backbone_stored": backbone.stored,
@@ -79,6 +79,7 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
         "classes": len(setup.data.table.classes),
         "test_examples": len(setup.test_encoded),
         "clients": clients,
+        "newcomers": list(setup.newcomers),
     }
 
 

@@ -6,6 +6,7 @@ Messages are encoded and decoded all the same, so what a client gets is what wou
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
@@ -39,9 +40,12 @@ class LocalEngine:
         self.trainer = CohortTrainer(setup.task, setup.method.adapter, setup.recipe.train, setup.recipe.seed)
 
     def present(self, round: int, clients: Sequence[str], least: int) -> Sequence[str]:
+        """All of them, and all with the data of this round from now on."""
+        for member in self.members.values():
+            member.enter(round)
         return clients
 
-    def sketches(self, clients: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
+    def sketches(self, clients: Sequence[str], round: int = 0) -> Iterator[tuple[str, bytes | None]]:
         for client in clients:
             try:
                 data = self.members[client].sketch()
@@ -64,13 +68,16 @@ class LocalEngine:
             own[fitted.branch] = fitted
             if len(own) < len(jobs[client]):
                 continue
-            results = [own[job.branch] for job in jobs[client]]
-            try:
-                data = self.members[client].finish(round, results)
-            except FolkLoraError as error:
-                yield Upload(client, None, failure=str(error), round=round)
-            else:
-                yield Upload(client, data, results[0].loss, round=round)
+            yield self._finished(round, client, [own[job.branch] for job in jobs[client]])
+        for client in (client for client in clients if not jobs[client]):
+            yield self._finished(round, client, [])
+
+    def _finished(self, round: int, client: str, results: Sequence[Fitted]) -> Upload:
+        try:
+            data = self.members[client].finish(round, results)
+        except FolkLoraError as error:
+            return Upload(client, None, failure=str(error), round=round)
+        return Upload(client, data, results[0].loss if results else math.nan, round=round)
 
     def attach(self, client: str, data: bytes) -> None:
         self.members[client].outlet.attached = data

@@ -23,7 +23,8 @@ from folklora.privacy.example import noise
 from folklora.randomness import derive, numpy_generator
 from folklora.training.cohort import Fitted, Job
 from folklora.training.gradients import weight_gradients
-from folklora.training.prediction import Question
+from folklora.training.network import embedded
+from folklora.training.prediction import Question, layer_inputs
 from folklora.training.private import Private, secret_seed, simulated_seed
 
 SplitName = Literal["train", "validation", "test"]
@@ -35,7 +36,7 @@ class MemberData:
     def __init__(self, setup: Setup, client: str) -> None:
         self.setup = setup
         self.client = client
-        self.split = setup.data.splits[client]
+        self.split = setup.split(client, 0)
 
     def indices(self, split: SplitName) -> np.ndarray:
         indices: np.ndarray = getattr(self.split, split)
@@ -58,13 +59,24 @@ class MemberData:
         chosen, labels = self.training(shuffled[:examples])
         return weight_gradients(self.setup.task, chosen, labels, head)
 
+    def layer_inputs(self, tensors: Tensors, examples: int) -> Tensors:
+        shuffled = numpy_generator(self.setup.recipe.seed, "inputs", self.client).permutation(self.split.validation)
+        chosen, _ = self.setup.examples(shuffled[:examples])
+        return layer_inputs(self.setup.task, self.setup.method.adapter, tensors, chosen)
+
+    def network_inputs(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor, Tensor]:
+        rows = self.indices(split)
+        examples, labels = self.training(rows) if split == "train" else self.setup.examples(rows)
+        inputs, lengths = embedded(self.setup.task, examples)
+        return inputs, lengths, torch.from_numpy(labels)
+
 
 class Member:
     """A client with its private state; everything it tells others is an encoded message."""
 
     def __init__(self, setup: Setup, client: str, secret: int | None = None, key: Key | None = None) -> None:
         self.setup = setup
-        self.method = setup.method
+        self.method = setup.method_of(client)
         self.data = MemberData(setup, client)
         self.moments: dict[str, Tensors] = {}  # of each branch of training
         self.simulated = secret is None  # what follows from the recipe's seed is no secret
@@ -76,8 +88,13 @@ class Member:
             data=self.data,
             secret=derive(setup.recipe.seed, "secret", client) if secret is None else secret,
         )
-        self.outlet = outlet_of(setup.recipe, self.method, self.client, key)
+        self.outlet = outlet_of(setup.recipe, self.method, self.client, key, sends=self.method is setup.method)
         self.most = _largest_download(self.method, self.client)
+
+    def enter(self, round: int) -> None:
+        """Have the data of this round from now on."""
+        self.data.split = self.setup.split(self.client.id, round)
+        self.client.examples = len(self.data.split.train)
 
     # -- messages ------------------------------------------------------------------------------------------------
 
@@ -118,6 +135,8 @@ class Member:
         FolkLoraError
             If training diverged, or its result cannot be sent; the client is then as it was before.
         """
+        if not fitted and self.method.trained(round):
+            raise MethodError("the method trains nothing in this round")
         for each in fitted:
             finite = (bool(torch.isfinite(tensor).all()) for tensor in each.tensors.values())
             if not (math.isfinite(each.loss) and all(finite)):

@@ -72,8 +72,8 @@ class Order(_Flat):
     Attributes
     ----------
     kind
-        *hello*: what the run is; *sketch*; *train*; *talk*: an exchange beside the training; *score*; *goodbye*: the
-        run is over.
+        *hello*: what the run is; *sketch*, which begins the member's state in round 0 and leaves it as it is in any
+        other; *train*; *talk*: an exchange beside the training; *score*; *goodbye*: the run is over.
     run, number, round, client
         The run's id, the order's number (no two orders share one), the round it is given in, the member's name.
     base
@@ -127,10 +127,8 @@ class Order(_Flat):
             raise ValueError(f"kind = {self.kind!r} and topic, part; allowed: both in a talk")
         if self.attached is not None and self.kind != "train":
             raise ValueError(f"kind = {self.kind!r} with attached; allowed: in a training")
-        if (self.kind == "train") != (self.round > 0) and self.kind in ("train", "hello", "sketch"):
-            raise ValueError(
-                f"kind = {self.kind!r} in round {self.round}; allowed: train from round 1, the others in 0"
-            )
+        if (self.kind == "train") != (self.round > 0) and self.kind in ("train", "hello"):
+            raise ValueError(f"kind = {self.kind!r} in round {self.round}; allowed: train from round 1, hello in 0")
         if self.kind == "train" and self.base >= self.round:
             raise ValueError(f"base = {self.base} in round {self.round}; allowed: an earlier version")
         for name in ("welcome", "reply"):

@@ -19,6 +19,7 @@ from folklora.methods.base import Method
 from folklora.methods.contract import Client, Message
 from folklora.privacy.ckks import Key
 from folklora.recipe import Recipe
+from folklora.sections import PrivacySection
 
 
 class Noted(Protocol):
@@ -78,8 +79,13 @@ class Outlet:
         return decode(data, most)
 
 
-def outlet_of(recipe: Recipe, method: Method, client: Client, key: Key | None = None) -> Outlet:
-    """The recipe's; ``key`` is the members' common one, without which nothing is encrypted; masks are safer with it."""
+def outlet_of(recipe: Recipe, method: Method, client: Client, key: Key | None = None, *, sends: bool = True) -> Outlet:
+    """The recipe's; ``key`` is the members' common one, without which nothing is encrypted; masks are safer with it.
+
+    A client that never ``sends`` an upload has nothing to protect in one.
+    """
+    if not sends:
+        return Outlet(recipe.model_copy(update={"privacy": PrivacySection()}), method, client)
     if recipe.secure.kind == "masks":
         from folklora.federation.masked import MaskedOutlet  # it is built on this file
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from folklora.data.partition import Split, split
+from folklora.data.partition import Split, few, split
 from folklora.data.sources import agreed_classes, load, load_test
 from folklora.data.table import Table
 from folklora.errors import BackboneError, DataError, RecipeError
@@ -25,14 +25,14 @@ from folklora.federation.secrecy import refuse_unmaskable
 from folklora.federation.setup import (
     FederatedData,
     Setup,
+    build_methods,
     client_ranks,
-    context,
     federated_data,
+    joining_late,
     refuse_too_few,
     task_of,
     validate,
 )
-from folklora.methods import build
 from folklora.privacy import example
 from folklora.privacy.ckks import Key
 from folklora.recipe import Recipe
@@ -82,7 +82,7 @@ def server_setup(recipe: Recipe, clients: Sequence[str]) -> Setup:
         For anything in the recipe that cannot be; the cheap refusals come first.
     """
     validate(recipe)
-    refuse_too_few(recipe, len(clients))
+    refuse_too_few(recipe, len(clients) - len(joining_late(recipe, clients)))
     ranks = client_ranks(recipe, list(clients))
     classes = agreed_classes(recipe.data, recipe.form)
     if classes is None:
@@ -129,6 +129,7 @@ def member_setup(recipe: Recipe, client: str, clients: Sequence[str], classes: S
         raise DataError(f"{own.data}: {len(table)} rows; allowed: data.min_examples = {section.min_examples} or more")
     rows = np.arange(len(table))
     parts = split(table.labels, rows, section.validation, section.test_fraction, recipe.seed, client)
+    parts = few(parts, table.labels, section.shots, recipe.seed, client)
     return _setup(recipe, ranks, table, {client: parts}, None)
 
 
@@ -150,14 +151,14 @@ def _setup(
     recipe: Recipe, ranks: Mapping[str, int], table: Table, splits: Mapping[str, Split], test: Table | None
 ) -> Setup:
     task = task_of(recipe, table.classes)
-    method = build(recipe.method.name, recipe.method.options, context(recipe, task, ranks))
+    method, joining = build_methods(recipe, task, ranks)
     example.refuse(recipe, method)
     refuse_unsound(recipe, method)
     refuse_unmaskable(recipe, method)
     refuse_unmixable(recipe, method)
     encoded, test_encoded = task.encode(table.inputs), task.encode(test.inputs) if test else []
     frozen = cache(lambda: torch.from_numpy(features(task, encoded)))
-    return Setup(recipe, FederatedData(table, splits, test), task, method, encoded, test_encoded, frozen)
+    return Setup(recipe, FederatedData(table, splits, test), task, method, encoded, test_encoded, frozen, joining)
 
 
 def _backbone(recipe: Recipe, own: Own) -> str:
@@ -194,7 +195,9 @@ def _share(recipe: Recipe, client: str, classes: Sequence[str], own: Own) -> Tab
             "this run has no data in the package to rehearse with; allowed: --data FILE with this member's own rows, "
             f"or --rehearse SOURCE, the recipe's data.source, which is named {Path(theirs).name!r}"
         )
-    data = federated_data(recipe.data.model_copy(update={"source": source, "test": None}), recipe.seed, recipe.form)
+    # All rows of its share: it splits them itself.
+    told = recipe.data.model_copy(update={"source": source, "test": None, "shots": None})
+    data = federated_data(told, recipe.seed, recipe.form)
     if client not in data.splits:
         raise DataError(
             f"the partition of {source} has no client {client!r}; allowed: members named as its clients are: "

@@ -52,7 +52,7 @@ def struck(recipe: Recipe, clients: list[str]) -> list[str]:
 def with_liars(engine: LocalEngine) -> LocalEngine:
     """The same engine, some of whose members lie, if its recipe says so."""
     recipe = engine.setup.recipe
-    for client in struck(recipe, list(engine.members)):
+    for client in struck(recipe, list(engine.setup.clients)):
         member = engine.members[client]
         if recipe.poison.kind in ("labels", "backdoor"):
             member.data = member.client.data = PoisonedData(engine.setup, client)
@@ -137,7 +137,7 @@ def aftermath(
         The summary's results of each client.
     """
     setup, section = engine.setup, engine.setup.recipe.poison
-    liars = struck(setup.recipe, list(engine.members))
+    liars = struck(setup.recipe, list(setup.clients))
     name = setup.task.metric.name
     honest = {client: float(result[name]) for client, result in clients.items() if client not in liars}
     found: dict[str, Any] = {"kind": section.kind, "share": section.share, "scale": section.scale, "clients": liars}

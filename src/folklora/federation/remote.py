@@ -153,11 +153,13 @@ class RemoteEngine:
 
     # -- the round loop's requests -------------------------------------------------------------------------------
 
-    def sketches(self, clients: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-        orders = {client: self._order("sketch", client, 0) for client in clients}
+    def sketches(self, clients: Sequence[str], round: int = 0) -> Iterator[tuple[str, bytes | None]]:
+        base = {client: self.notes[client].version if round else -1 for client in clients}
+        orders = {client: self._order("sketch", client, round, base=base[client]) for client in clients}
         for order, answer, fresh in self._ask(orders):
-            if fresh and answer.status == "done":
-                self.notes[order.client] = Note(version=0)
+            if fresh and order.kind == "sketch" and answer.status == "done":
+                if not order.round:
+                    self.notes[order.client] = Note(version=0)
                 yield order.client, answer.data
 
     def settle(self, client: str, data: bytes) -> None:
@@ -283,6 +285,8 @@ class RemoteEngine:
         """The notes that the server may come back to."""
         found = []
         for checkpoint in self._checkpoints():
+            if client not in checkpoint.clients:
+                continue  # of a newcomer nothing is kept: it is asked again
             with suppress(RunError):  # what cannot be read cannot be come back to either
                 found.append(Note.of(self.directory.tensors(checkpoint, checkpoint.clients[client])))
         return found
@@ -402,7 +406,8 @@ class RemoteEngine:
     def _note(self, order: Order, answer: Answer) -> None:
         """What an answer tells of its sender's folder."""
         client = order.client
-        if answer.status == "done" and order.kind in ("sketch", "train"):  # then it sweeps what nobody means
+        works = order.kind == "train" or (order.kind == "sketch" and not order.round)
+        if answer.status == "done" and works:  # then it sweeps what nobody means
             self.has[client] &= set(order.hold)
         elif answer.status == "resend":
             self.has[client] -= {order.welcome, order.reply}

@@ -189,7 +189,10 @@ class Resident:
         member = self._member(order)
         log.info("sketch of %d examples", member.client.examples)
         data = member.sketch()
-        self._save(order, 0, member)
+        if not order.round:
+            self._save(order, 0, member)
+        else:  # asked for again: nothing about this member is another after it
+            self.version = order.base
         log.info("sketch: %d bytes sent", len(data or b""))
         return Answer.to(order, data=data)
 
@@ -199,18 +202,18 @@ class Resident:
         self._take_in(order, member)
         member.outlet.attached = order.attached
         jobs = member.jobs(order.round)
-        log.info("%s: training on %d examples", _what(order), member.client.examples)
+        log.info("%s: at work on %d examples", _what(order), member.client.examples)
         setup = member.setup
         trainer = CohortTrainer(setup.task, setup.method.adapter, setup.recipe.train, setup.recipe.seed)
         fitted = {each.branch: each for each in trainer.fit(jobs)}
         results = [fitted[job.branch] for job in jobs]
-        if not results:
-            raise MethodError("the method trains nothing in this round")
         data = member.finish(order.round, results)
         self._save(order, order.round, member)
-        log.info("%s: loss %.4f; %d bytes sent", _what(order), results[0].loss, len(data or b""))
-        # What examples are protected from is not told in this way either.
-        loss = results[0].loss if setup.recipe.privacy.tells_losses else 0.0
+        loss = results[0].loss if results else None
+        told = "nothing was trained" if loss is None else f"loss {loss:.4f}"
+        log.info("%s: %s; %d bytes sent", _what(order), told, len(data or b""))
+        if loss is not None and not setup.recipe.privacy.tells_losses:
+            loss = 0.0  # what examples are protected from is not told in this way either
         return Answer.to(order, data=data, loss=loss)
 
     def _refuse_unplanned(self, order: Order, setup: Setup) -> None:

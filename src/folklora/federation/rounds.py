@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
+import safetensors.torch
+
 from folklora.adapters.lowrank import Tensors
 from folklora.backbones.metric import Score
 from folklora.errors import FolkLoraError, MessageError, RunError
@@ -16,6 +18,7 @@ from folklora.federation.codec import decode, encode
 from folklora.federation.engine import Asked, Engine
 from folklora.federation.intake import intake_of
 from folklora.federation.ledger import Ledger, round_to
+from folklora.federation.newcomers import introduce, row_of, told
 from folklora.federation.rundir import Checkpoint, RunDirectory
 from folklora.federation.sampling import sampled, simulated_secret
 from folklora.federation.scores import bounded, summarise
@@ -70,7 +73,9 @@ class Rounds:
         self.budget = Budget(self.recipe, self.method, examples or setup.sizes) if private else None
         self.history: list[Mapping[str, Any]] = []  # all committed lines
         self.halted: str | None = None  # why no more rounds are played, in words
-        self.clients = list(clients)
+        self.setup = setup
+        self.clients = [client for client in clients if setup.method_of(client) is setup.method]
+        self.later = frozenset(setup.data.later)
         self.least = max(self.recipe.engine.min_clients, self.intake.least)
         self.needed = max(1, self.least)
         self.progress = progress
@@ -147,34 +152,11 @@ class Rounds:
 
     def begin(self) -> None:
         ledger = Ledger()
-        sketches: dict[str, Message] = {}
         there = self._present(0, self.clients, len(self.clients))
-        silent = set(there)
-        failed = dict.fromkeys(set(self.clients) - silent, AWAY)
-        self.progress.phase("sketch", len(there))
-        with ledger.timed("sketch"):
-            for client, data in self.engine.sketches(there):
-                if client not in silent:
-                    ledger.ignored["duplicate" if client in there else "unasked"] += 1
-                    continue
-                silent.discard(client)
-                ledger.up[client] += len(data or b"")
-                try:
-                    if data is not None:
-                        # Eight bytes a number, and names, is more than any form of it weighs.
-                        message = decode(data, 8 * self.method.sketch_numbers() + SKETCH_NAMES)
-                        self.method.check_sketch(message)
-                        sketches[client] = message
-                    elif self.method.sketch_numbers():
-                        raise MessageError("it sent no sketch; allowed: what the method asks for")
-                except FolkLoraError as error:
-                    failed[client] = str(error)
-                self.progress.advance()
-        failed |= dict.fromkeys(silent, "did not answer")
+        sketches, failed = self._sketches(0, there, ledger)
         self._enough(0, there, failed)
         with ledger.timed("aggregate"):
-            # In the clients' order, not that of arrival.
-            self.state = self.method.begin({client: sketches[client] for client in there if client in sketches})
+            self.state = self.method.begin(sketches)
         with ledger.timed("sketch"):
             for client in self.clients:
                 welcome = self._welcome(client)
@@ -188,7 +170,47 @@ class Rounds:
         if "privacy" in line:
             self.progress.line(line)
 
+    def _sketches(self, round: int, there: Sequence[str], ledger: Ledger) -> tuple[dict[str, Message], dict[str, str]]:
+        """The sketches of those who are there, in their order, not that of arrival; and who sent none, and why."""
+        arrived: dict[str, Message] = {}
+        silent = set(there)
+        failed = dict.fromkeys(set(self.clients) - silent, AWAY)
+        self.progress.phase("sketch", len(there))
+        with ledger.timed("sketch"):
+            for client, data in self.engine.sketches(there, round):
+                if client not in silent:
+                    ledger.ignored["duplicate" if client in there else "unasked"] += 1
+                    continue
+                silent.discard(client)
+                ledger.up[client] += len(data or b"")
+                try:
+                    if data is not None:
+                        # Eight bytes a number, and names, is more than any form of it weighs.
+                        message = decode(data, 8 * self.method.sketch_numbers() + SKETCH_NAMES)
+                        self.method.check_sketch(message)
+                        arrived[client] = message
+                    elif self.method.sketch_numbers():
+                        raise MessageError("it sent no sketch; allowed: what the method asks for")
+                except FolkLoraError as error:
+                    failed[client] = str(error)
+                self.progress.advance()
+        failed |= dict.fromkeys(silent, "did not answer")
+        return {client: arrived[client] for client in there if client in arrived}, failed
+
     # -- one round -----------------------------------------------------------------------------------------------
+
+    def _refresh(self, round: int, ledger: Ledger) -> dict[str, Any]:
+        """Ask everybody who is there for a sketch again, before anything else is sent in the round.
+
+        Who sent none, and why, is no failure: its old one is kept, and it takes part in the round as ever.
+        """
+        sketches, failed = self._sketches(round, self._present(round, self.clients, self.needed), ledger)
+        with ledger.timed("aggregate"):
+            self.state = self.method.refresh(round, self.state, sketches)
+        return {
+            "kept": {client: failed[client] for client in self.clients if client in failed},
+            "bytes_up_clients": {client: ledger.up[client] for client in self.clients if ledger.up[client]},
+        }
 
     def sampled(self, round: int) -> list[str]:
         """The round's clients; see `folklora.federation.sampling`."""
@@ -204,6 +226,10 @@ class Rounds:
         sampled = self.sampled(round)
         if not self.affordable(round, sampled, {}):
             return
+        before = self.state
+        change = self._change(round)
+        if self.method.refreshes(round):
+            change["refresh"] = self._refresh(round, ledger)
         there = self._present(round, sampled, self.needed)
         failed = dict.fromkeys(set(sampled) - set(there), AWAY)
         failed |= self.intake.prepare(round, there, ledger)
@@ -219,6 +245,7 @@ class Rounds:
         self._enough(round, there, failed)
         if not self.affordable(round, sampled, failed):  # noise is missing where clients are
             self._take_back(working)
+            self.state = before
             return
         self._take_back([client for client in working if client not in losses])
         error = None
@@ -236,13 +263,22 @@ class Rounds:
             self.state = self.method.validated(round, self.state, merits)
         # Training losses are exact, and no noise covers them.
         told = self.recipe.privacy.tells_losses
+        told = told and bool(self.method.trained(round))
         loss = sum(losses.values()) / len(losses) if losses and told else None
-        line = ledger.line(self.clients, round, sampled, failed, loss, validation, error)
+        line = {**ledger.line(self.clients, round, sampled, failed, loss, validation, error), **change}
         if self.budget is not None:
             line["privacy"] = self.budget.spent([*self.history, line])
         # Whoever failed is as it was; but the engine may have something to note of it.
         self.commit(round, working, line, validation)
         self.progress.line(line)
+
+    def _change(self, round: int) -> dict[str, Any]:
+        """Whose data are other ones from this round on; what the method made of them before is kept to be shown."""
+        if not self.later or round != self.recipe.drift.round:
+            return {}
+        if insight := self.method.insight(self.state):
+            self.run.write("insight-before.safetensors", safetensors.torch.save(insight))
+        return {"drift": [client for client in self.clients if client in self.later]}
 
     def _train(
         self, round: int, working: list[str], failed: dict[str, str], ledger: Ledger
@@ -256,6 +292,7 @@ class Rounds:
         losses: dict[str, float] = {}
         heard: set[str] = set()
         asked = frozenset(working)
+        trains = bool(self.method.trained(round))
         self.progress.phase(f"round {round}", len(working))
         with ledger.timed("train"):
             for upload in self.engine.train(round, working):
@@ -270,7 +307,7 @@ class Rounds:
                 try:
                     if upload.failure is not None:
                         raise RunError(upload.failure)
-                    if not math.isfinite(upload.loss):
+                    if trains and not math.isfinite(upload.loss):
                         raise RunError(f"training loss = {upload.loss}; allowed: a finite number")
                     read = self.intake.read(round, self.state, client, upload.data, self._said(client))
                     if read is not None:
@@ -417,10 +454,36 @@ class Rounds:
             final = Final(self.metric, tuned, tuned_validation, received, received_validation, self._global_score())
             self.progress.advance()
         written = summary(self.recipe, self.clients, self._committed(), self.run.metrics(), final, ledger)
+        if self.setup.newcomers:
+            written["newcomers"] = self._newcomers()
+            written["row"] |= row_of(written["newcomers"], self.metric.name)
         if self.budget is not None:
             written["privacy"] = self.budget.account(self.history)
             written["row"]["epsilon"] = written["privacy"]["epsilon"]
         return {**written, "stopped_early": stopped_early, **({"stopped": self.halted} if self.halted else {})}
+
+    def _newcomers(self) -> dict[str, Any]:
+        """Newcomers send their sketches, are told what the server makes of those, and are scored with it."""
+        ledger, newcomers = Ledger(), self.setup.newcomers
+        present = set(self.engine.present(self._committed() + 1, newcomers, len(newcomers)))
+        there = [client for client in newcomers if client in present]
+        sketches, silent = self._sketches(0, there, ledger)
+        failed = {c: silent.get(c, AWAY) for c in newcomers if c in silent or c not in present}
+        replies: dict[str, bytes | None] = {}
+        for client in (each for each in there if each not in failed):
+            try:
+                welcome, reply = introduce(self.setup, self.state, client, sketches.get(client), self._committed())
+                if welcome is not None:
+                    ledger.down[client] += len(welcome)
+                    self.engine.settle(client, welcome)
+            except FolkLoraError as error:
+                failed[client] = str(error)
+            else:
+                replies[client] = reply
+        self.progress.phase("newcomers", len(replies))
+        (scores,) = self._scores(list(replies), [("test", replies)], ledger) if replies else ({},)
+        failed |= {client: "did not answer" for client in replies if client not in scores}
+        return told(self.setup, scores, failed, ledger)
 
     def _global_score(self) -> Score | None:
         """Of the global model, as a client that never trained would have it: no one's private tensors are asked for.

@@ -28,10 +28,11 @@ from folklora.federation.faults import with_faults
 from folklora.federation.folder import MemberFolder
 from folklora.federation.intake import intake_of
 from folklora.federation.local import LocalEngine
+from folklora.federation.newcomers import settle_in
 from folklora.federation.poison import aftermath, with_liars
 from folklora.federation.rounds import Progress, Rounds, Silent
 from folklora.federation.rundir import RunDirectory
-from folklora.federation.setup import Setup, federated_data, prepare, validate
+from folklora.federation.setup import Setup, data_of, prepare, validate
 from folklora.federation.standing import own_model
 from folklora.federation.trackers import refuse_unreachable, track
 from folklora.recipe import Recipe
@@ -52,7 +53,8 @@ def run(recipe: Recipe, out: str | Path, progress: Progress | None = None) -> Su
     engine = with_liars(LocalEngine(setup))
     refuse_unreachable(recipe.track)
     agreed = {CONTRACT: Contract.of(setup.method.context).encode()}
-    directory = RunDirectory.create(out, recipe, to_json(setup.data.table, setup.data.splits), agreed)
+    data = setup.data
+    directory = RunDirectory.create(out, recipe, to_json(data.table, data.splits, data.later), agreed)
     return _play(directory, engine, progress)
 
 
@@ -99,7 +101,7 @@ def refuse_other_data(directory: RunDirectory, setup: Setup) -> None:
     """Raises RunError if a setup's data is not what a run began with."""
     saved = directory.path / "partition.json"
     try:
-        same = saved.read_bytes() == to_json(setup.data.table, setup.data.splits).encode()
+        same = saved.read_bytes() == to_json(setup.data.table, setup.data.splits, setup.data.later).encode()
     except OSError as error:
         raise RunError(f"{saved}: cannot be read: {error.strerror}") from None
     if not same:
@@ -126,8 +128,9 @@ def play(
     with directory.locked(), track(setup.recipe, directory.path, progress) as told:
         rounds = Rounds(setup, directory, engine, list(setup.data.splits), told, examples)
         summary = rounds.play()
-        for client, result in summary["clients"].items():
-            result["examples"] = (examples or setup.sizes)(client)
+        joined = summary["newcomers"]["clients"] if setup.newcomers else {}
+        for client, result in (*summary["clients"].items(), *joined.items()):
+            result["examples"] = (examples or partial(setup.sizes, round=setup.method.rounds()))(client)
         if harm is not None:
             summary["poison"] = harm(rounds.replies(rounds.clients), summary["clients"])
         summary["environment"] = environment(setup)
@@ -207,7 +210,7 @@ def compare(
         refuse_another_recipe(each, out / run_name(text, each.seed))
     judged: dict[str, Metric] = {}
     for text, each in plan:
-        federated_data(each.data, each.seed, each.form)  # not every seed can be dealt
+        data_of(each)  # not every seed can be dealt
         if each.seed == recipe.seed:  # what a method refuses of a recipe, it refuses with every seed
             task = prepare(each).task
             task.refuse_packing(each.train.packed)
@@ -284,14 +287,18 @@ def client_model(path: str | Path, client: str, *, tuned: bool = False) -> Clien
     if checkpoint is None:
         raise RunError(f"{path}: nothing is committed yet")
     engine = LocalEngine(setup)
+    engine.present(checkpoint.round + 1, [client], 1)  # with the data of now
     member = engine.members[client]
-    member.restore(directory.tensors(checkpoint, checkpoint.clients[client]))
-    if not tuned and checkpoint.round:
-        reply = intake_of(setup, engine).reply(directory.tensors(checkpoint, checkpoint.server), client)
-        if reply is not None:
-            member.receive(reply)
-    tensors = setup.method.model(member.client)
-    return ClientModel(setup, client, setup.method.adapter.rank(tensors), tensors)
+    if client in setup.newcomers:
+        settle_in(setup, directory.tensors(checkpoint, checkpoint.server), member, checkpoint.round, tuned=tuned)
+    else:
+        member.restore(directory.tensors(checkpoint, checkpoint.clients[client]))
+        if not tuned and checkpoint.round:
+            reply = intake_of(setup, engine).reply(directory.tensors(checkpoint, checkpoint.server), client)
+            if reply is not None:
+                member.receive(reply)
+    tensors = member.method.model(member.client)
+    return ClientModel(setup, client, member.method.adapter.rank(tensors), tensors)
 
 
 def recipe_of(path: str | Path) -> Recipe:

@@ -8,6 +8,7 @@ because being unseen hides only those of whom nobody can tell that they were dra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from folklora.randomness import derive
@@ -38,6 +39,14 @@ def sampled(recipe: Recipe, clients: Sequence[str], round: int, secret: int) -> 
 def drawn(clients: Sequence[str], count: int, seed: int, round: int) -> list[str]:
     """So many clients: the smallest of N numbers derived from (seed, client, round)."""
     return sorted(clients, key=lambda client: derive(seed, "sample", client, round))[:count]
+
+
+def newcomers(share: float, seed: int, clients: Sequence[str]) -> tuple[str, ...]:
+    """Those of them who take part in no round, in the given order: ``newcomers.share``, rounded half up; their ids and
+    the seed say who."""
+    count = math.floor(share * len(clients) + 0.5)
+    chosen = set(sorted(clients, key=lambda client: derive(seed, "newcomer", client))[:count])
+    return tuple(client for client in clients if client in chosen)
 
 
 def simulated_secret(recipe: Recipe) -> int:

@@ -7,7 +7,7 @@ that changed on disk since is read again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from folklora.backbones import tasks
 from folklora.backbones.task import Task
+from folklora.data.drift import drifted
 from folklora.data.partition import Split, partition
 from folklora.data.sources import Table, load
 from folklora.errors import RecipeError
 from folklora.federation.budget import Budget
 from folklora.federation.guarantees import refuse_unsound
+from folklora.federation.sampling import newcomers
 from folklora.federation.sealing import refuse_unmixable
 from folklora.federation.secrecy import refuse_unmaskable
 from folklora.methods import build, check_options
@@ -33,16 +35,19 @@ from folklora.randomness import derive
 from folklora.recipe import Recipe
 from folklora.sections import EMBEDDED_NAMES, AdapterSection, DataSection, Form, ModelSection
 from folklora.training.generation import refuse_speechless
+from folklora.training.network import network_of
 from folklora.training.prediction import features
 
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Examples, who holds which, and the common test set if there is one."""
+    """Examples, who holds which, and the common test set if there is one; ``later`` is what those clients have from
+    ``drift.round`` on whose data change."""
 
     table: Table
     splits: Mapping[str, Split]
     test: Table | None
+    later: Mapping[str, Split] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Setup:
         Every example of the table and of the common test set, as the task encodes them.
     frozen_features
         [n, width] float32: the frozen backbone's features of every example; computed once, when first asked for.
+    joining
+        The method as the recipe's newcomers have it, and the server when it answers them; None: there are none.
     """
 
     recipe: Recipe
@@ -64,14 +71,35 @@ class Setup:
     encoded: list[Any]
     test_encoded: list[Any]
     frozen_features: Callable[[], Tensor]
+    joining: Method | None = None
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Those who take part in rounds."""
+        return self.method.context.clients
+
+    @property
+    def newcomers(self) -> tuple[str, ...]:
+        """Those who take part in none."""
+        return () if self.joining is None else self.joining.context.clients[len(self.clients) :]
 
     @property
     def ranks(self) -> Mapping[str, int]:
-        return self.method.context.ranks
+        """Of all of them."""
+        return (self.joining or self.method).context.ranks
 
-    def sizes(self, client: str) -> dict[str, int]:
+    def method_of(self, client: str) -> Method:
+        """The method as this client has it."""
+        return self.method if self.joining is None or client in self.method.context.ranks else self.joining
+
+    def split(self, client: str, round: int) -> Split:
+        """What a client has in a round; 0 is before the first."""
+        later = self.data.later if round >= self.recipe.drift.round else {}
+        return later.get(client, self.data.splits[client])
+
+    def sizes(self, client: str, round: int = 0) -> dict[str, int]:
         """How many examples a client has in each split."""
-        split = self.data.splits[client]
+        split = self.split(client, round)
         return {part: len(getattr(split, part)) for part in ("train", "validation", "test")}
 
     def examples(self, indices: np.ndarray) -> tuple[list[Any], np.ndarray]:
@@ -97,20 +125,75 @@ def prepare(recipe: Recipe) -> Setup:
     """Load what the recipe names; the cheap refusals come first."""
     validate(recipe)
     _forget_changed_files(recipe)
-    data = federated_data(recipe.data, recipe.seed, recipe.form)
-    refuse_too_few(recipe, len(data.splits))
+    data = data_of(recipe)
     ranks = client_ranks(recipe, list(data.splits))
+    refuse_too_few(recipe, len(ranks) - len(joining_late(recipe, list(ranks))))
     task = task_of(recipe, data.table.classes)
-    method = build(recipe.method.name, recipe.method.options, context(recipe, task, ranks))
+    method, joining = build_methods(recipe, task, ranks)
+    _refuse_late_change(recipe, method)
     key = (recipe.model, _key(recipe.adapter), recipe.data, recipe.seed, recipe.form)
     example.refuse(recipe, method)
     refuse_unsound(recipe, method)
     refuse_unmaskable(recipe, method)
     refuse_unmixable(recipe, method)
     encoded, test_encoded = _encode(*key)
-    setup = Setup(recipe, data, task, method, encoded, test_encoded, partial(_compute_features, *key))
+    frozen = partial(_compute_features, *key)
+    setup = Setup(recipe, data, task, method, encoded, test_encoded, frozen, joining)
     Budget(recipe, method, setup.sizes).refuse_if_empty()
     return setup
+
+
+def _refuse_late_change(recipe: Recipe, method: Method) -> None:
+    if recipe.drift.kind != "none" and recipe.drift.round > method.rounds():
+        raise RecipeError(
+            f'drift.round = {recipe.drift.round}, and method.name = "{method.name}" plays {method.rounds()} rounds; '
+            "allowed: a round that is played"
+        )
+
+
+def joining_late(recipe: Recipe, clients: Sequence[str]) -> tuple[str, ...]:
+    """The recipe's newcomers among these clients.
+
+    Raises
+    ------
+    RecipeError
+        If nobody would be one, or everybody; or the server could make nothing for them.
+    """
+    share = recipe.newcomers.share
+    if not share:
+        return ()
+    found = newcomers(share, recipe.seed, clients)
+    if not 0 < len(found) < len(clients):
+        least, most = 0.5 / len(clients), (len(clients) - 1) / len(clients)
+        allowed = f"a share of {least:.2g} to {most:.2g}" if len(clients) > 1 else "two clients or more"
+        raise RecipeError(
+            f"newcomers.share = {share:g} of {len(clients)} clients is {'everybody' if found else 'nobody'}; "
+            f"allowed: 0, or {allowed}"
+        )
+    if recipe.secure.kind == "ckks":
+        raise RecipeError(
+            f'newcomers.share = {share:g} with secure.kind = "ckks": a server that cannot read what it has makes no '
+            'start of it; allowed: secure.kind = "none" or "masks"'
+        )
+    return found
+
+
+def build_methods(recipe: Recipe, task: Task, ranks: Mapping[str, int]) -> tuple[Method, Method | None]:
+    """The method of those who take part in rounds, and as newcomers have it, if there are any.
+
+    Newcomers stand behind the others in their method's context, which has no rounds: they are in none. The server made
+    nothing wider than the widest of the others, so they are as wide as that at most.
+    """
+    late = joining_late(recipe, list(ranks))
+    theirs = {client: rank for client, rank in ranks.items() if client not in late}
+    agreed = context(recipe, task, theirs)
+    method = build(recipe.method.name, recipe.method.options, agreed)
+    if not late:
+        return method, None
+    most = max(theirs.values())
+    everybody = {**theirs, **{client: min(ranks[client], most) for client in late}}
+    joining = replace(agreed, ranks=everybody, rounds=0)
+    return method, build(recipe.method.name, recipe.method.options, joining)
 
 
 def context(recipe: Recipe, task: Task, ranks: Mapping[str, int]) -> Context:
@@ -140,6 +223,8 @@ def context(recipe: Recipe, task: Task, ranks: Mapping[str, int]) -> Context:
         momentum=recipe.train.momentum,
         promote=recipe.adapter.promote,
         promote_share=recipe.adapter.promote_share,
+        newcomers=recipe.newcomers.share > 0,
+        network=network_of(task),
     )
 
 
@@ -201,6 +286,13 @@ def largest_remainder(parts: Sequence[float]) -> list[int]:
 def federated_data(section: DataSection, seed: int, form: Form = "text") -> FederatedData:
     table, test = load(section, seed, form)
     return FederatedData(table, partition(table, section, seed), test)
+
+
+def data_of(recipe: Recipe) -> FederatedData:
+    """The recipe's data, and what its ``[drift]`` makes of them."""
+    data = federated_data(recipe.data, recipe.seed, recipe.form)
+    first, later = drifted(data.table, data.splits, recipe.data, recipe.drift, recipe.seed)
+    return replace(data, splits=first, later=later)
 
 
 def task_of(recipe: Recipe, classes: Sequence[str]) -> Task:

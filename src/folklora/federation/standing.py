@@ -33,4 +33,4 @@ def own_model(folder: MemberFolder, brief: Brief, *, tuned: bool = False) -> tup
         if data is None:
             raise RunError(f"{folder.path}: the server's last reply is missing or damaged (parts/{state.reply})")
         member.receive(data)
-    return setup, setup.method.model(member.client)
+    return setup, member.method.model(member.client)

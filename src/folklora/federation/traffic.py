@@ -29,14 +29,14 @@ class Traffic:
     down: int
 
 
-def per_round(method: Method, client: str, section: MessageSection | str) -> Traffic:
+def per_round(method: Method, client: str, section: MessageSection | str, counts: Tensor | None = None) -> Traffic:
     """Mean over two rounds, since some methods alternate, of one client's messages.
 
-    ``section`` is the recipe's ``[message]``, or its ``dtype`` alone.
+    ``section`` is the recipe's ``[message]``, or its ``dtype`` alone; ``counts`` as in `Method.typical_upload`.
     """
     section = MessageSection.model_validate({"dtype": section}) if isinstance(section, str) else section
     compression = Compression(section, method)
-    up, down = _two_rounds(method, client)
+    up, down = _two_rounds(method, client, counts)
     return Traffic(
         sum(compression.bytes_up(message) for message in up if message is not None) // 2,
         sum(compression.bytes_down(message) for message in down if message is not None) // 2,
@@ -55,7 +55,7 @@ class Forecast:
 def forecast(
     method: Method, counts: Mapping[str, Tensor], section: MessageSection, *, masked: int = 0, sealed: bool = False
 ) -> Forecast:
-    """A run's traffic if every client takes part in every round, stays, and keeps its rank.
+    """A run's traffic if every client takes part in every round, stays, and keeps its rank and its data.
 
     Where fewer are sampled, a client's turn costs more: it catches up with what it missed before it trains.
 
@@ -77,8 +77,10 @@ def forecast(
     for client, count in counts.items():
         # Messages of clients of one rank and of equal shapes weigh the same; sketches also depend on who holds what.
         alike = (method.context.ranks[client], *(tuple(method.expected(r, {}, client).items()) for r in (1, 2)))
+        if method.condenses:
+            alike = (*alike, tuple(count.tolist()))
         if alike not in known:
-            ups, downs = _two_rounds(method, client)
+            ups, downs = _two_rounds(method, client, count)
             sizes_up = [_bytes_up(message, wire, masked) if message else 0 for message in ups]
             sizes_down = [wire.bytes_down(message) if message else 0 for message in downs]
             # Factors that alternate go up by turns; replies stay what they are once all factors are known.
@@ -89,7 +91,9 @@ def forecast(
             )
         whole_up, whole_down, welcome = known[alike]
         up, down = up + whole_up, down + whole_down
-        once += welcome + _weight(method.typical_sketch(client, count), section)
+        sketch = _weight(method.typical_sketch(client, count), section)
+        once += welcome + sketch
+        up += sketch * sum(map(method.refreshes, range(1, rounds + 1)))
         if sealed and rounds:  # which key it has
             up, down = up + ID, down + len(ASKED)
     turns = max(1, rounds) * len(counts)
@@ -106,10 +110,13 @@ def _weight(message: Message | None, section: MessageSection) -> int:
     return len(encode(message, section.dtype)) if message else 0
 
 
-def _two_rounds(method: Method, client: str) -> tuple[list[Message | None], list[Message | None]]:
+def _two_rounds(
+    method: Method, client: str, counts: Tensor | None = None
+) -> tuple[list[Message | None], list[Message | None]]:
     """What goes up and comes down in rounds 1 and 2."""
     rounds = (1, 2) if method.rounds() else ()
-    return [method.typical_upload(r, client) for r in rounds], [method.typical_reply(r, client) for r in rounds]
+    ups = [method.typical_upload(r, client, counts) for r in rounds]
+    return ups, [method.typical_reply(r, client) for r in rounds]
 
 
 def describe_methods(d_in: int, d_out: int, rank: int) -> list[dict[str, Any]]:

@@ -15,7 +15,10 @@ from folklora.methods.base import Method
 from folklora.methods.celora import CELoRA
 from folklora.methods.contract import Context
 from folklora.methods.ditto import Ditto
+from folklora.methods.fedaf import FedAF
+from folklora.methods.fedamole import FedAMoLE
 from folklora.methods.fedawa import FedAWA
+from folklora.methods.feddm import FedDM
 from folklora.methods.federa import FeDeRA
 from folklora.methods.fedex import FedExLoRA
 from folklora.methods.fedit import FedIT
@@ -66,6 +69,9 @@ METHODS: dict[str, type[Method]] = {
         HetLoRA,
         HAFL,
         HAFLQ,
+        FedAMoLE,
+        FedDM,
+        FedAF,
         CELoRA,
         FolkLoRA,
     )

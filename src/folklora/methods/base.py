@@ -20,7 +20,7 @@ models. In the order data flows::
     receive(client, message)            at the client; default: overwrite its tensors; twice the same changes nothing
     validated(round, state, merits) -> state        at the server, where clients were validated after the round
     refresh(round, state, sketches) -> state        at the server, where clients are asked for their sketches again
-    newcomer(state, id, sketch) -> message          to a client that took part in no round: where it starts
+    newcomer(state, id, sketch) -> welcome, reply   to a client that took part in no round: where it starts
     model(client)                       at the client: the tensors it predicts with; default: those it trains
 
 State is a flat dictionary of tensors, so it checkpoints; a reply is a function of the state, so a run that was killed
@@ -36,11 +36,14 @@ import torch
 from torch import Tensor
 
 from folklora.adapters.lowrank import LowRank, Shapes, Tensors, factor_generator, kaiming, kind, select
+from folklora.data.augmentation import sketch as shared_statistics
+from folklora.data.augmentation.choose import Augmenter
 from folklora.data.statistics import ClassStatistics
 from folklora.errors import MessageError, MethodError
 from folklora.methods.aggregation import weighted_mean
 from folklora.methods.contract import Client, Context, Message, State
 from folklora.methods.discriminant import linear_discriminant
+from folklora.methods.fitting import fitted_head
 from folklora.methods.heads import choose_head
 from folklora.methods.options import Options
 from folklora.methods.work import Trained, Work
@@ -58,6 +61,7 @@ class Method:
     needs_head: ClassVar[bool] = False  # whether it has nothing to do where the task has no head of its own
     has_global_model: ClassVar[bool] = False
     takes_means: ClassVar[bool] = True  # whether its server step takes nothing of the uploads but their mean
+    condenses: ClassVar[bool] = False  # whether clients send data that they made, and train no model
     branches: ClassVar[int] = 1  # at most so many trainings of a client in a round
     trains: ClassVar[frozenset[str]] = frozenset({"A", "B", "C", "head", "norm"})
     travels: ClassVar[frozenset[str]] = frozenset()
@@ -66,8 +70,9 @@ class Method:
 
     def __init__(self, options: Options, context: Context) -> None:
         if self.needs_head and not context.head:
+            does = "condenses by label" if self.condenses else "makes a head and nothing else"
             raise MethodError(
-                f"method.name = {self.name!r} makes a head and nothing else, and the task has none of its own; "
+                f"method.name = {self.name!r} {does}, and the task has none of its own; "
                 "allowed: a method that trains, such as 'folklora'"
             )
         self.options = options if context.head else options.without_head(self.name)
@@ -110,7 +115,7 @@ class Method:
 
     def sketch(self, client: Client) -> Message | None:
         """One-off upload; by default class statistics if the head starts from them."""
-        if self.options.start == "zero":
+        if not self.options.head_statistics:
             return None
         return Message(statistics_tensors(self.statistics(client)))
 
@@ -121,18 +126,26 @@ class Method:
     # -- at the server, before the first round -------------------------------------------------------------------
 
     def begin(self, sketches: Mapping[str, Message]) -> State:
-        """The server's first state; by default the linear discriminant of the pooled class statistics."""
-        if self.options.start == "zero":
+        """The server's first state; by default what heads start from, made of the pooled class statistics."""
+        if not self.options.head_statistics:
             return {}
         if not sketches:
             raise MethodError("no client sent class statistics, and a sketched head is made of nothing else")
         pooled = ClassStatistics.merge([self.read_statistics(message) for message in sketches.values()])
-        weight, bias = linear_discriminant(pooled)
-        state = {"start/head/weight": weight, "start/head/bias": bias}
+        state = self.starting(pooled)
         if self.options.head_travels:
             # Copies: a checkpoint refuses tensors that share memory.
-            state |= {"global/head/weight": weight.clone(), "global/head/bias": bias.clone()}
+            state |= {f"global/{name.removeprefix('start/')}": tensor.clone() for name, tensor in state.items()}
+        if self.context.newcomers:  # whose statistics will be added to these
+            state |= {f"pooled/{name}": tensor for name, tensor in statistics_tensors(pooled).items()}
         return state
+
+    def starting(self, pooled: ClassStatistics) -> State:
+        """What heads start from: the linear discriminant, or the statistics, where clients make features of them."""
+        if self.options.shares_statistics:
+            return {f"start/{name}": tensor for name, tensor in shared_statistics.packed(pooled).items()}
+        weight, bias = linear_discriminant(pooled)
+        return {"start/head/weight": weight, "start/head/bias": bias}
 
     def sketch_numbers(self) -> int:
         """At most so many numbers are in a sketch; what is longer is refused before it is read."""
@@ -142,7 +155,7 @@ class Method:
     @property
     def sends_statistics(self) -> bool:
         """Whether a sketch holds class statistics."""
-        return self.options.start != "zero"
+        return self.options.head_statistics
 
     def check_sketch(self, message: Message) -> None:
         """Refuse a sketch that is not what was agreed, so that it fails its client and nobody else.
@@ -152,8 +165,8 @@ class Method:
         MessageError
             Naming the tensor and what is allowed.
         """
-        refuse_other_prefixes(message, {"statistics/"} if self.options.start != "zero" else set())
-        if self.options.start != "zero":
+        refuse_other_prefixes(message, {"statistics/"} if self.options.head_statistics else set())
+        if self.options.head_statistics:
             self.read_statistics(message)
 
     def read_statistics(self, message: Message) -> ClassStatistics:
@@ -162,13 +175,15 @@ class Method:
         return ClassStatistics.from_tensors(own, self.context.classes, self.context.width)
 
     def welcome(self, state: State, client: str) -> Message | None:
-        """One-off download; by default the sketched head."""
-        head = {name.removeprefix("start/"): tensor for name, tensor in state.items() if name.startswith("start/")}
-        return Message(head) if head else None
+        """One-off download; by default what the head starts from. An empty one tells a client to fit its head."""
+        start = {name.removeprefix("start/"): tensor for name, tensor in state.items() if name.startswith("start/")}
+        return Message(start) if start or self.options.start == "fitted" else None
 
     def settle(self, client: Client, message: Message) -> None:
-        """Take the welcome in: the head starts sketched, or as the client's validation split says."""
-        if self.options.start == "auto":
+        """Take the welcome in: the head starts sketched, or as the client's validation split says, or is fitted."""
+        if self.options.start == "fitted":
+            client.tensors.update(self.fitted(client, message))
+        elif self.options.start == "auto":
             client.tensors.update(
                 choose_head(
                     message.tensors["head/weight"],
@@ -184,6 +199,15 @@ class Method:
             )
         else:
             client.tensors.update(message.tensors)
+
+    def fitted(self, client: Client, message: Message) -> Tensors:
+        """The head that a client fits to its own features, and to those that are added to them."""
+        c, augment = self.context, self.options.augment
+        shares = self.options.shares_statistics
+        shared = shared_statistics.unpacked(message.tensors, c.classes, c.width) if shares else None
+        own = client.data.features("train")
+        _, head = fitted_head(Augmenter(own, c.classes, c.seed, client.id, shared), augment)
+        return head
 
     # -- the round -----------------------------------------------------------------------------------------------
 
@@ -341,21 +365,39 @@ class Method:
         """Take in the sketches of clients whose data may have changed; default: nothing follows from them."""
         return state
 
-    def newcomer(self, state: State, client: str, sketch: Message | None) -> Message | None:
-        """What the server has for a client that took part in no round, by its sketch alone: welcome and reply in one.
+    def newcomer(self, state: State, client: str, sketch: Message | None) -> tuple[Message | None, Message | None]:
+        """What the server has for a client that took part in no round, by its sketch alone: its welcome and its reply.
 
-        By default what all get: the common model, and the sketched head.
+        By default what all get: the common model, and the sketched head, into which the newcomer's own statistics go.
+        It is asked of a method whose context has the newcomers behind all others, of whom the state knows nothing.
         """
-        parts = [self.welcome(state, client), self.reply(state, client)]
-        tensors = {name: tensor for part in parts if part is not None for name, tensor in part.tensors.items()}
-        return Message(tensors) if tensors else None
+        return self.welcome({**state, **self.head_with(state, sketch)}, client), self.reply(state, client)
+
+    def head_with(self, state: State, sketch: Message | None) -> State:
+        """What heads start from, of everybody's class statistics and these."""
+        prefix = "pooled/statistics/"
+        kept = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if sketch is None or not kept:
+            return {}
+        pooled = ClassStatistics.from_tensors(kept, self.context.classes, self.context.width)
+        return self.starting(ClassStatistics.merge([pooled, self.read_statistics(sketch)]))
+
+    @property
+    def newcomer_lacks(self) -> str | None:
+        """What a newcomer would need before it can predict, and has from nobody, in words; None: nothing."""
+        if self.context.head and not self.options.head_travels and self.options.start == "zero":
+            return "a head: those of the others stay home, and its own starts at zero"
+        return None
 
     def model(self, client: Client) -> Tensors:
         """What the client predicts with."""
         return client.tensors
 
-    def typical_upload(self, round: int, client: str) -> Message | None:
-        """A message of the size that a client sends in this round, for predicting traffic."""
+    def typical_upload(self, round: int, client: str, counts: Tensor | None = None) -> Message | None:
+        """A message of the size that a client sends in this round, for predicting traffic.
+
+        ``counts`` [classes] are its training examples of each class; None: not known, and then none is larger.
+        """
         shapes = self.expected(round, {}, client)
         return Message(blank(shapes), {"examples": 1.0}) if shapes else None
 
@@ -377,12 +419,16 @@ class Method:
 
     def typical_welcome(self, client: str) -> Message | None:
         """A message of the size of a client's welcome."""
+        if self.options.start == "fitted":
+            shapes = shared_statistics.shapes(self.context.classes, self.context.width)
+            counted = {f"{shared_statistics.PREFIX}counts": torch.zeros(self.context.classes, dtype=torch.int32)}
+            return Message({**blank(shapes), **counted} if self.options.shares_statistics else {})
         return None if self.options.start == "zero" else Message(blank(self.context.head))
 
     @property
     def once(self) -> str | None:
         """What clients send once, in words."""
-        return "class statistics" if self.options.start != "zero" else None
+        return "class statistics" if self.options.head_statistics else None
 
     # -- what differential privacy of training must know ---------------------------------------------------------
 

@@ -21,19 +21,21 @@ of linear optimal transport (`folklora.methods.embedding`) [recon], nothing N x 
 Ours beside the published: ``basis = "frozen"`` (A, B orthonormal, from the seed, common to all and never trained; C
 starts at zero; then the mean of cores is exact) and ``basis = "aligned"`` (each core is rotated to the receiver's by
 orthogonal Procrustes before mixing), ``similarity = "uniform" | "size"`` (plain and example-weighted means), a
-differentially private sketch, and mixtures read off the class statistics (``components = 0``).
+differentially private sketch, mixtures read off the class statistics (``components = 0``), and sketches that are asked
+for again while data change (``refresh``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from folklora.adapters.lowrank import Tensors, gaussian, orthonormal
+from folklora.adapters.lowrank import Tensors, gaussian, kind, orthonormal
 from folklora.data.mixtures import ClassMixtures, projection
 from folklora.data.release import release_statistics
 from folklora.data.statistics import ClassStatistics
@@ -45,7 +47,8 @@ from folklora.methods.contract import Client, Context, Message, State
 from folklora.methods.embedding import LinearTransport, typical_distance
 from folklora.methods.mixing import Embedded, Mixing
 from folklora.methods.options import Options
-from folklora.methods.transport import data_distances, similarity
+from folklora.methods.renewal import TAKEN, Renewal, renewals
+from folklora.methods.transport import data_distances, distances_to, median_distance, similar, similarity
 from folklora.randomness import derive, secret_generator, torch_generator
 
 WHOLE = 1000
@@ -69,6 +72,9 @@ class CELoRAOptions(Options):
     dp_epsilon: float | None = Field(None, gt=0, description="differentially private sketch: epsilon")
     dp_delta: float = Field(1e-5, gt=0, lt=1)
     dp_clip: float = Field(1.0, gt=0, description="L2 norm features are clipped to")
+    refresh: int = Field(
+        0, ge=0, le=100_000, description="rounds after which clients are asked for their sketches again; 0: never"
+    )
 
     @model_validator(mode="after")
     def _private_sketch_is_statistics(self) -> CELoRAOptions:
@@ -77,8 +83,22 @@ class CELoRAOptions(Options):
                 f"dp_epsilon with components = {self.components}: a private release holds class statistics, not an EM "
                 "fit; allowed: components = 0"
             )
+        if self.dp_epsilon is not None and self.refresh:
+            raise ValueError(
+                f"refresh = {self.refresh} with dp_epsilon: what is released again is paid for again, and is not "
+                "counted; allowed: refresh = 0"
+            )
         if self.projection and not self.components:
             raise ValueError("projection applies to fitted mixtures; allowed: components >= 1, or projection = 0")
+        return self
+
+    @model_validator(mode="after")
+    def _a_fitted_head_stays(self) -> CELoRAOptions:
+        if self.refresh and self.start == "fitted":
+            raise ValueError(
+                f'refresh = {self.refresh} with head_start = "fitted": a head that was fitted follows no sketch; '
+                'allowed: refresh = 0, or head_start = "zero", "sketched" or "auto"'
+            )
         return self
 
     @model_validator(mode="after")
@@ -102,7 +122,7 @@ class CELoRAOptions(Options):
 
     @property
     def sends_statistics(self) -> bool:
-        return self.start != "zero" or (self.uses_data and self.components == 0)
+        return self.head_statistics or (self.uses_data and self.components == 0)
 
 
 class CELoRA(Method):
@@ -126,6 +146,16 @@ class CELoRA(Method):
                 f"allowed: 0 (none) to {context.width}"
             )
         self._position = {client: i for i, client in enumerate(context.clients)}
+        if self.options.refresh and not self.sketch_numbers():
+            raise MethodError(
+                f"method.refresh = {self.options.refresh}, and no sketch is sent; allowed: 0, or options that need "
+                'one: similarity = "data" or "both", a head that starts sketched'
+            )
+        if self.options.refresh and len(context.clients) > WHOLE:
+            raise MethodError(
+                f"method.refresh = {self.options.refresh} with {len(context.clients)} clients, whose sketches the "
+                f"server would have to keep; allowed: 0, or at most {WHOLE} clients"
+            )
 
     # -- factors -------------------------------------------------------------------------------------------------
 
@@ -166,7 +196,7 @@ class CELoRA(Method):
     @property
     def beside_training(self) -> tuple[str, str] | None:
         options, released = self.options, self.options.dp_epsilon is not None
-        if options.start == "auto" or (options.start == "sketched" and not released):
+        if options.start in {"auto", "fitted"} or (options.start == "sketched" and not released):
             return (
                 f'head_start = "{options.start}"',
                 'head = "private" with head_start = "zero", or head_start = "sketched" with dp_epsilon, components = 0',
@@ -248,20 +278,62 @@ class CELoRA(Method):
         state = super().begin(sketches)
         if self.options.uses_data:
             if len(self.context.clients) <= WHOLE:
-                state["similarity/data"] = self._data_similarity(sketches).float()
+                state |= self._data_similarity(sketches)
             else:
                 state |= self._embedding(sketches)
+        compared = self._mixes_for_newcomers and self.options.uses_data and len(self.context.clients) <= WHOLE
+        if self.options.refresh or compared:
+            state |= {f"sketch/{c}/{name}": t for c, sent in sketches.items() for name, t in sent.tensors.items()}
         return state
 
-    def _data_similarity(self, sketches: Mapping[str, Message]) -> Tensor:
-        """[N, N] over all clients; one that never sent a sketch is like itself only."""
+    def refreshes(self, round: int) -> bool:
+        return bool(self.options.refresh) and round > 1 and (round - 1) % self.options.refresh == 0
+
+    def refresh(self, round: int, state: State, sketches: Mapping[str, Message]) -> State:
+        """As if the run began with the sketches of now; of whom none came, with its last.
+
+        Whoever has new classes, and a head of its own that started sketched, is told the discriminant of now when it
+        next takes part (`folklora.methods.renewal`).
+        """
+        before = self._last_sketches(state)
+        now = {
+            client: {**before, **sketches}[client] for client in self.context.clients if client in {*before, *sketches}
+        }
+        begun = self.begin(now)
+        afresh = {name: tensor for name, tensor in begun.items() if not name.startswith("global/")}
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith("sketch/")}
+        if self.options.start == "zero" or self.options.head_travels:
+            return {**kept, **afresh}
+        new = state.get("renewal/new", torch.zeros(len(self.context.clients), self.context.classes, dtype=torch.bool))
+        new = new.clone()
+        for client, sketch in sketches.items():
+            has = self.read_statistics(sketch).counts > 0
+            had = self.read_statistics(before[client]).counts > 0 if client in before else torch.zeros_like(has)
+            new[self._position[client]] = (new[self._position[client]] | ~had) & has
+        return {**kept, **afresh, "renewal/new": new}
+
+    def _last_sketches(self, state: State) -> dict[str, Message]:
+        found: dict[str, Tensors] = {}
+        for path, tensor in state.items():
+            if path.startswith("sketch/"):
+                client, of, name = path.removeprefix("sketch/").rsplit("/", 2)  # a client may have slashes in its name
+                found.setdefault(client, {})[f"{of}/{name}"] = tensor
+        return {client: Message(tensors) for client, tensors in found.items()}
+
+    def _data_similarity(self, sketches: Mapping[str, Message]) -> State:
+        """[N, N] over all clients; one that never sent a sketch is like itself only. The scale of its distances is kept
+        where newcomers will be compared by it."""
         clients = self.context.clients
         known = [i for i, client in enumerate(clients) if client in sketches]
         mixtures = [self._read_mixtures(sketches[clients[i]]) for i in known]
         full = torch.eye(len(clients), dtype=torch.float64)
         where = torch.tensor(known, dtype=torch.long)
-        full[where[:, None], where] = similarity(data_distances(mixtures))
-        return full
+        distances = data_distances(mixtures)
+        full[where[:, None], where] = similarity(distances)
+        found = {"similarity/data": full.float()}
+        if self._mixes_for_newcomers:
+            found["similarity/scale"] = torch.tensor(median_distance(distances), dtype=torch.float64)
+        return found
 
     def _embedding(self, sketches: Mapping[str, Message]) -> State:
         """Points of all clients; one that never sent a usable sketch is not placed."""
@@ -282,10 +354,12 @@ class CELoRA(Method):
             points[where] = embed(list(usable.values()))
             placed[where] = True
         scale = typical_distance(points[placed], self.context.seed)
+        kept = vars(embed) if embed is not None and self._mixes_for_newcomers else {}
         return {
             "similarity/points": points,
             "similarity/placed": placed,
             "similarity/scale": torch.tensor(scale, dtype=torch.float64),
+            **{f"embedding/{name}": tensor.contiguous() for name, tensor in kept.items()},
         }
 
     def _read_mixtures(self, message: Message) -> ClassMixtures:
@@ -304,12 +378,17 @@ class CELoRA(Method):
         mean = weighted_mean(others, self.weights(messages))  # a shared head, or nothing
         state = {**state, **{f"global/{name}": tensor for name, tensor in mean.items()}}
         mixing = self._mixing(state, messages, cores)
+        if self._mixes_for_newcomers:
+            state |= self._last_cores(state, messages, cores)
         if self.options.common_core:
             # One core for all, at the largest rank of all: whoever did not take part gets it too.
             common = torch.einsum("j,jlpq->lpq", self._shares(messages).to(cores.dtype), cores)
             state |= {f"common/C/{s.name}": core.float() for s, core in zip(self.context.sites, common, strict=True)}
         else:
             state |= self._kept(state, messages, self._mix(mixing, messages, cores))
+        if "renewal/new" in state:  # they have been told
+            state["renewal/new"] = state["renewal/new"].clone()
+            state["renewal/new"][self._where(messages)] = False
         return state | self._shown(state, messages, mixing)
 
     def _kept(self, state: State, messages: Mapping[str, Message], mixed: Tensor) -> State:
@@ -355,7 +434,10 @@ class CELoRA(Method):
 
     @property
     def averages(self) -> bool:
-        return self.options.common_core and self.options.similarity == "size" and super().averages
+        options = self.options
+        if options.refresh and options.start != "zero":  # who was heard is who was told
+            return False
+        return options.common_core and options.similarity == "size" and super().averages
 
     def _scaled_cores(self, messages: Mapping[str, Message]) -> Tensor:
         """``s_k C_k`` of all layers, zero-padded to the largest rank of all clients: [K, L, r, r]."""
@@ -421,6 +503,8 @@ class CELoRA(Method):
             return found
         if len(set(self.context.ranks.values())) > 1:
             return f"adapter.rank = {sorted(set(self.context.ranks.values()))}", "one rank for all"
+        if options.refresh:
+            return f"method.refresh = {options.refresh}", "refresh = 0"
         if options.basis == "aligned":
             return 'method.basis = "aligned"', 'basis = "private" or "frozen"'
         if options.similarity == "model" or (options.similarity == "both" and options.lambda_ < 1):
@@ -442,10 +526,88 @@ class CELoRA(Method):
             for site in self.context.sites:
                 core = state[f"common/C/{site.name}"]
                 tensors[f"C/{site.name}"] = core[:rank, :rank].contiguous() / self.adapter.scale(rank)
-        elif "mixed/C" in state and bool(state["mixed/known"][position]):
+        elif position < len(state.get("mixed/known", ())) and bool(state["mixed/known"][position]):
             rows = state["mixed/C"][position, :, :rank, :rank]
             tensors |= {f"C/{s.name}": core.clone() for s, core in zip(self.context.sites, rows, strict=True)}
+        new = state.get("renewal/new", torch.empty(0, 0))
+        if position < len(new) and bool(new[position].any()):
+            tensors |= renewals(state, new[position])
         return Message(tensors) if tensors else None
+
+    def receive(self, client: Client, message: Message) -> None:
+        renewal = Renewal.of(message.tensors, self.context.classes)
+        told = {name: t for name, t in message.tensors.items() if kind(name) not in {"start", "new"}}
+        client.tensors.update(told)
+        if renewal is None or torch.equal(client.notes.get(TAKEN, torch.empty(0)), renewal.bias):
+            return
+        epochs = self.rounds() * self.context.local_epochs
+        head = renewal.head(client, self.context, chosen=self.options.start == "auto", epochs=epochs)
+        client.tensors.update(head)
+        client.notes[TAKEN] = renewal.bias.clone()
+
+    # -- who joins late ------------------------------------------------------------------------------------------
+
+    @property
+    def _mixes_for_newcomers(self) -> bool:
+        """Whether a newcomer gets a mix of its own: cores of others say something to it, and differ."""
+        return self.context.newcomers and self.options.basis == "frozen" and not self.options.common_core
+
+    @property
+    def newcomer_lacks(self) -> str | None:
+        lacks = super().newcomer_lacks
+        if lacks is None and self.options.basis != "frozen":
+            return "cores: those of the others mean nothing without their own A and B"
+        return lacks
+
+    def _last_cores(self, state: State, messages: Mapping[str, Message], cores: Tensor) -> State:
+        """``s_k C_k`` as each client last sent it, [N, L, r, r]; zero where it never did."""
+        count = len(self.context.clients)
+        last = state.get("newcomers/C", torch.zeros(count, *cores.shape[1:])).clone()
+        last[self._where(messages)] = cores.float()
+        return {"newcomers/C": last}
+
+    def newcomer(self, state: State, client: str, sketch: Message | None) -> tuple[Message | None, Message | None]:
+        """The last cores of the others by the newcomer's data similarity to them: ``sum_j softmax_j(S_j / T) C_j`` over
+        all who ever sent one [recon]. Where data play no part, or say nothing, that is their mean.
+
+        Bases that stay home make others' cores meaningless: then only the head is there.
+        """
+        welcome, reply = super().newcomer(state, client, sketch)
+        if not self._mixes_for_newcomers:
+            if reply is None or self.options.basis == "frozen":
+                return welcome, reply
+            heads = {name: tensor for name, tensor in reply.tensors.items() if not name.startswith("C/")}
+            return welcome, Message(heads) if heads else None
+        if "newcomers/C" not in state:
+            return welcome, reply
+        known = state["mixed/known"]
+        shares = torch.softmax(self._similarity_to(state, sketch)[known] / self.options.temperature, dim=0)
+        mixed = torch.einsum("j,jlpq->lpq", shares, state["newcomers/C"][known].double())
+        rank = self.context.ranks[client]
+        mixed = (mixed[:, :rank, :rank] / self.adapter.scale(rank)).float()
+        cores = {f"C/{s.name}": core.clone() for s, core in zip(self.context.sites, mixed, strict=True)}
+        return welcome, Message({**(reply.tensors if reply else {}), **cores})
+
+    def _similarity_to(self, state: State, sketch: Message | None) -> Tensor:
+        """[N] float64: S_data of a newcomer and everybody; zeros where it cannot be told."""
+        count = len(state["mixed/known"])
+        nothing = torch.zeros(count, dtype=torch.float64)
+        own = self._read_mixtures(sketch) if sketch is not None and self.options.uses_data else None
+        if own is None or not len(own.classes):
+            return nothing
+        scale = float(state["similarity/scale"])
+        if "similarity/points" in state:
+            if not bool(state["similarity/placed"].any()):
+                return nothing
+            names = [field.name for field in fields(LinearTransport)]
+            embed = LinearTransport(**{name: state[f"embedding/{name}"] for name in names})
+            points = torch.cat([state["similarity/points"], embed([own])]).double()
+            placed = torch.cat([state["similarity/placed"], torch.ones(1, dtype=torch.bool)])
+            return Embedded(points, placed, scale).block(slice(count, count + 1), slice(0, count))[0]
+        others = {self._position[c]: self._read_mixtures(sent) for c, sent in self._last_sketches(state).items()}
+        distances = torch.full((count,), torch.inf, dtype=torch.float64)
+        distances[list(others)] = distances_to(own, list(others.values()))
+        return similar(distances, scale)
 
     def insight(self, state: State) -> Tensors:
         names = ("similarity/data", "similarity/model", "similarity/mixed", "weights")

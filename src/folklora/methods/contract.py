@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from folklora.adapters.lowrank import LowRank, Shapes, Site, Tensors
 
@@ -79,8 +79,17 @@ class Network(Protocol):
         """Of an input."""
         ...
 
+    @property
+    def longest(self) -> int:
+        """The most positions that an input may have."""
+        ...
+
     def features(self, model: Tensors, inputs: Tensor, lengths: Sequence[int]) -> Tensor:
         """[n, d] of inputs [n, longest, width]; differentiable in them and in the model's factors and norms."""
+        ...
+
+    def public(self, count: int, length: int, generator: Generator) -> Tensor:
+        """[count, length, width]: inputs made of neutral words, which are nobody's data."""
         ...
 
 

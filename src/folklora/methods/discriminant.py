@@ -6,15 +6,11 @@ Not part of CE-LoRA: ours [recon], built on the statistics its clients send once
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from folklora.data.statistics import ClassStatistics, oracle_approximating_shrinkage
 from folklora.errors import MethodError
-
-if TYPE_CHECKING:
-    from folklora.data.statistics import ClassStatistics
 
 
 def linear_discriminant(statistics: ClassStatistics, shrinkage: float | None = None) -> tuple[Tensor, Tensor]:
@@ -35,7 +31,8 @@ def linear_discriminant(statistics: ClassStatistics, shrinkage: float | None = N
     statistics
         Counts, means and covariance, see :class:`~folklora.data.statistics.ClassStatistics`.
     shrinkage
-        Intensity g in [0, 1]; ``None`` is :func:`oracle_approximating_shrinkage` at n = all examples.
+        Intensity g in [0, 1]; ``None`` is :func:`~folklora.data.statistics.oracle_approximating_shrinkage` at n = all
+        examples.
 
     Returns
     -------
@@ -69,21 +66,3 @@ def linear_discriminant(statistics: ClassStatistics, shrinkage: float | None = N
     weight = torch.cholesky_solve(means.T, factor).T
     bias = -0.5 * (weight * means).sum(1) + torch.log(counts / n)
     return weight.float(), bias.float()
-
-
-def oracle_approximating_shrinkage(scatter: Tensor, n: float) -> float:
-    """Shrinkage of a covariance towards its mean variance that minimises the expected squared error, for Gaussians.
-
-    Chen, Wiesel, Eldar, Hero 2010 (arXiv 0907.4698, eq. 23) without its terms 2/d, as scikit-learn computes it:
-    ``g = (tr(S^2) + tr(S)^2) / ((n + 1)(tr(S^2) - tr(S)^2 / d))``, at most 1.
-
-    Parameters
-    ----------
-    scatter
-        ``[d, d]`` covariance S (divided by n).
-    n
-        Number of examples behind it.
-    """
-    squares, trace = float(scatter.square().sum()), float(scatter.trace())
-    excess = (n + 1) * (squares - trace**2 / scatter.shape[0])
-    return min((squares + trace**2) / excess, 1.0) if excess > 0 else 1.0

@@ -112,7 +112,7 @@ class FedSB(Method):
         return {"head/weight": weight, "head/bias": bias}
 
     def check_sketch(self, message: Message) -> None:
-        sketched = self.options.start != "zero"
+        sketched = self.options.head_statistics
         refuse_other_prefixes(message, {"gradient/", "count/"} | ({"statistics/"} if sketched else set()))
         if sketched:
             self.read_statistics(message)
@@ -171,5 +171,4 @@ class FedSB(Method):
         factors = select(message.tensors, frozenset(self.adapter.factors))
         client.tensors.update(factors)
         head = {name: tensor for name, tensor in message.tensors.items() if name not in factors}
-        if head:
-            super().settle(client, Message(head))
+        super().settle(client, Message(head))

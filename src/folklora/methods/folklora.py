@@ -24,7 +24,7 @@ class FolkLoRAOptions(CELoRAOptions):
     """Options that are CE-LoRA's defaults where there is no head."""
 
     head: Literal["private", "shared", "sketched"] = "sketched"
-    head_start: Literal["zero", "sketched", "auto"] | None = "auto"
+    head_start: Literal["zero", "sketched", "auto", "fitted"] | None = "auto"
     basis: Literal["private", "frozen", "aligned"] = "frozen"
     similarity: Literal["data", "model", "both", "uniform", "size"] = "size"
     components: int = Field(0, ge=0, le=64, description="of each class's mixture; 0: read off the statistics")

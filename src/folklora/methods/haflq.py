@@ -24,6 +24,7 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from folklora.adapters.lowrank import Site
 from folklora.errors import MethodError
@@ -81,8 +82,8 @@ class HAFLQ(HAFL):
             encodings[f"B/{site.name}"] = f"columns/{self.options.block}:{own}"
         return Message(message.tensors, message.numbers, encodings)
 
-    def typical_upload(self, round: int, client: str) -> Message | None:
-        message = super().typical_upload(round, client)
+    def typical_upload(self, round: int, client: str, counts: Tensor | None = None) -> Message | None:
+        message = super().typical_upload(round, client, counts)
         return None if message is None else self.coarse(client, message)
 
 

@@ -10,6 +10,7 @@ and no byte.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,7 @@ def choose_head(
     epochs: int,
     seed: int,
     client: str,
+    beside: Sequence[Candidate] = (),
 ) -> Tensors:
     """The start of the head that validates best after the head alone was trained from it.
 
@@ -83,13 +85,15 @@ def choose_head(
         Frozen features [n, d] and labels [n] of the client.
     steps_lr, batch_size, epochs
         The recipe's learning rate and batch size, and as many epochs as the run will have.
+    beside
+        Other candidates; among equals the first is kept, and they come first.
 
     Returns
     -------
     Tensors
         ``head/weight`` and ``head/bias``: the *start*, not the trained head.
     """
-    options = candidates(weight, bias, train[1])
+    options = [*beside, *candidates(weight, bias, train[1])]
     weights = torch.stack([option.weight for option in options]).requires_grad_()
     biases = torch.stack([option.bias for option in options]).requires_grad_()
     optimizer = torch.optim.AdamW([weights, biases], lr=steps_lr, weight_decay=0.0)

@@ -24,19 +24,29 @@ class Options(BaseModel):
 
     ``head``: *private* stays home, *shared* travels and is averaged, *sketched* is private and starts from the linear
     discriminant that the server builds from all clients' class statistics. ``head_start`` says the start alone, so
-    that a shared head may start sketched too, and *auto* lets each client choose on its validation split. Where the
-    task has no head of its own, both are as `of_a_head` says.
+    that a shared head may start sketched too, *auto* lets each client choose on its validation split, and *fitted* is
+    fitted by each client to its own features before the first round (`folklora.methods.fitting`). Where the task has no
+    head of its own, all are as `of_a_head` says.
+
+    ``augment`` says which features are added to the client's own where its head is fitted
+    (`folklora.data.augmentation`): *gaussian* and *gan* are made of its own examples, *sketch* of everybody's class
+    statistics, and *auto* is what the client's cross-validation says, none included.
 
     ``proximal``, ``scaffold`` and ``fedopt`` add something to the methods that say so in `Method.combines`; see
     `folklora.methods.proximal`, `folklora.methods.scaffold` and `folklora.methods.server_optimizer`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
-    of_a_head: ClassVar[dict[str, Any]] = {"head": "private", "head_start": "zero"}
+    of_a_head: ClassVar[dict[str, Any]] = {"head": "private", "head_start": "zero", "augment": "none"}
     head: Literal["private", "shared", "sketched"] = Field(
         "private", description="stays home, travels, or starts sketched; for tasks with a head of their own"
     )
-    head_start: Literal["zero", "sketched", "auto"] | None = Field(None, description="default: as `head` says")
+    head_start: Literal["zero", "sketched", "auto", "fitted"] | None = Field(
+        None, description="default: as `head` and `augment` say"
+    )
+    augment: Literal["none", "gaussian", "sketch", "gan", "auto"] = Field(
+        "none", description="features that are added where a client's head is fitted to its own"
+    )
     proximal: float = Field(0.0, ge=0, description="FedProx's mu: the pull to where a client started the round")
     scaffold: bool = Field(False, description="control variates against the drift of local steps")
     fedopt: Literal["none", "momentum", "adagrad", "adam", "yogi"] = Field("none", description="server optimiser")
@@ -46,8 +56,20 @@ class Options(BaseModel):
     fedopt_tau: float | None = Field(None, gt=0, le=1e6)
 
     @property
-    def start(self) -> Literal["zero", "sketched", "auto"]:
-        return self.head_start or ("sketched" if self.head == "sketched" else "zero")
+    def start(self) -> Literal["zero", "sketched", "auto", "fitted"]:
+        if self.head_start is not None:
+            return self.head_start
+        return "sketched" if self.head == "sketched" else "zero" if self.augment == "none" else "fitted"
+
+    @property
+    def shares_statistics(self) -> bool:
+        """Whether clients get everybody's class statistics, to make features of them."""
+        return self.start == "fitted" and self.augment in {"sketch", "auto"}
+
+    @property
+    def head_statistics(self) -> bool:
+        """Whether heads start from anything that is made of everybody's class statistics."""
+        return self.start in {"sketched", "auto"} or self.shares_statistics
 
     @property
     def head_travels(self) -> bool:
@@ -72,9 +94,13 @@ class Options(BaseModel):
 
     @model_validator(mode="after")
     def _start_fits(self) -> Options:
-        if self.head == "shared" and self.head_start == "auto":
+        if self.head == "shared" and self.start in {"auto", "fitted"}:
+            key = f'head_start = "{self.start}"' if self.augment == "none" else f'augment = "{self.augment}"'
+            raise ValueError(f'{key} needs a head that stays home; allowed: head = "private" or "sketched"')
+        if self.augment != "none" and self.start != "fitted":
             raise ValueError(
-                'head_start = "auto" needs a head that stays home; allowed: head = "private" or "sketched"'
+                f'augment = "{self.augment}" with head_start = "{self.start}": features are added to a head that is '
+                'fitted; allowed: head_start = "fitted"'
             )
         if self.head == "sketched" and self.head_start == "zero":
             raise ValueError('head = "sketched" with head_start = "zero" is head = "private"')

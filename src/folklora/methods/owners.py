@@ -181,7 +181,7 @@ class Pairs(Method):
         return state.get("ranks", start).clone()
 
     def rank(self, state: State, client: str) -> int:
-        if "ranks" not in state:
+        if self.position[client] >= len(state.get("ranks", ())):  # nothing was ever known of it but where it starts
             return super().rank(state, client)
         return int(state["ranks"][self.position[client]])
 

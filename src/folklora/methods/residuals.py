@@ -128,7 +128,8 @@ class ResidualLog:
         ``base/<round>/<site>``."""
         tensors: Tensors = {}
         latest = self.latest(state)
-        since = int(self._heard(state)[self.clients.index(client)])
+        heard, place = self._heard(state), self.clients.index(client)
+        since = int(heard[place]) if place < len(heard) else 0  # who joins late has none
         for site, cut in zip(self.sites, self._cut(state).tolist(), strict=True):
             if since < cut:
                 tensors[f"base/{latest}/{site.name}"] = state[f"log/base/{site.name}"]

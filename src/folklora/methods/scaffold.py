@@ -125,9 +125,10 @@ class Scaffold(Method):
 
     def reply(self, state: State, client: str) -> Message | None:
         message = super().reply(state, client)
-        if message is None or "heard" not in state:
+        place = self.context.clients.index(client)
+        if message is None or place >= len(state.get("heard", ())):  # who joins late does not train
             return message
-        heard = float(state["heard"][self.context.clients.index(client)])
+        heard = float(state["heard"][place])
         return replace(_with(message, _of(state, "control/")), numbers={**message.numbers, "heard": heard})
 
     def typical_reply(self, round: int, client: str) -> Message | None:

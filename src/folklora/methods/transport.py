@@ -196,9 +196,25 @@ def similarity(distances: Tensor) -> Tensor:
     Tensor
         ``[N, N]`` float64 in [0, 1], ones on the diagonal.
     """
-    d = distances.double()
-    scale = median_distance(d)
-    return torch.exp(-d / scale) if scale > 0 else d.isfinite().double()
+    return similar(distances.double(), median_distance(distances.double()))
+
+
+def similar(distances: Tensor, scale: float) -> Tensor:
+    """``exp(-D / scale)``, float64 of any shape; where the scale is 0, 1 at every finite distance."""
+    return torch.exp(-distances / scale) if scale > 0 else distances.isfinite().double()
+
+
+def distances_to(client: ClassMixtures, others: Sequence[ClassMixtures]) -> Tensor:
+    """``[N]`` float64: `data_distances` of one client to each of some others."""
+    distances = torch.full((len(others),), float("inf"), dtype=torch.float64)
+    if not len(client.classes):
+        return distances
+    solve, own = solver(), (client.counts / client.counts.sum()).numpy()
+    for i, other in enumerate(others):
+        if len(other.classes):
+            cost = np.ascontiguousarray(mixture_distances(client, other).numpy())
+            distances[i], _ = solve(own, (other.counts / other.counts.sum()).numpy(), cost)
+    return distances
 
 
 def median_distance(distances: Tensor) -> float:

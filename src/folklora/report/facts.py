@@ -90,11 +90,12 @@ class Facts:
 
     @cached_property
     def once(self) -> frozenset[str]:
-        """What a client sends before the first round: of "statistics", "mixtures" and "gradients"."""
+        """What a client sends before the first round: of "statistics", "mixtures", "counts", "gradients"."""
         options = self.method.options
         sent = {
             "statistics": self.method.sends_statistics,
             "mixtures": getattr(options, "uses_data", False) and getattr(options, "components", 0) > 0,
+            "counts": self.method.condenses,
             "gradients": "gradients" in (self.method.once or ""),
         }
         return frozenset(name for name, there in sent.items() if there)
@@ -114,13 +115,14 @@ class Facts:
         """All tensors of the client with the largest rank, at the start."""
         context = self.method.context
         norms = {name: tuple(tensor.shape) for name, tensor in context.norms.items()}
-        return {**self.method.adapter.shapes(max(context.ranks.values())), **context.head, **norms}
+        widest = max(self.method.rank({}, client) for client in context.clients)
+        return {**self.method.adapter.shapes(widest), **context.head, **norms}
 
     @property
     def frame_known(self) -> bool:
         """Whether what stands around the tensors that travel is the same for all, and so known to the server."""
         moved = self.method.trained(1) | self.method.trained(2)
-        return self.travels and "A" not in self.kinds and "A" not in moved
+        return self.travels and not self.method.condenses and "A" not in self.kinds and "A" not in moved
 
     # -- who takes part ----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from folklora.backbones.metric import ACCURACY, Metric
 from folklora.report.figures_privacy import epsilon
-from folklora.report.heatmaps import partition, similarity, sizes
+from folklora.report.heatmaps import partition, similarity, similarity_before, sizes
 from folklora.report.reading import Run
 from folklora.report.style import (
     GREY,
@@ -80,6 +80,8 @@ def validation(run: Run, theme: ThemeName = "light") -> Figure | None:
                 markersize=5,
                 markeredgewidth=1.6,
             )
+        for changed in (line.round for line in run.rounds if line.drift):
+            ax.axvline(changed - 0.5, color=colors.soft, linewidth=1, linestyle=(0, (2, 2)))
         score_axis(ax, metric)
         round_axis(ax, sorted({*rounds.tolist(), *(line.round for line in run.rounds)}))
         _label_ends(ax, metric, [end for end in ends if np.isfinite(end[0])], rounds[-1])
@@ -236,7 +238,8 @@ RUN_PICTURES = (
     Picture(
         "validation",
         "Line: mean over clients. Band: from the worst tenth of the clients to the best one; the narrower it is, the "
-        "more evenly the clients are served. A cross at the bottom marks a round in which clients dropped out.",
+        "more evenly the clients are served. A cross at the bottom marks a round in which clients dropped out; from a "
+        "dotted line on, some have other data.",
         validation,
     ),
     Picture(
@@ -257,6 +260,11 @@ RUN_PICTURES = (
         "How alike the method holds the clients to be, the diagonal left out; in the weights, line i shows what "
         "client i's reply is mixed from.",
         similarity,
+    ),
+    Picture(
+        "similarity-before",
+        "The same before some clients' data changed: where the method follows, the last picture is another.",
+        similarity_before,
     ),
     Picture(
         "privacy",

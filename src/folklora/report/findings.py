@@ -88,6 +88,8 @@ def _noise(facts: Facts) -> tuple[str, str | None]:
 def _rule(facts: Facts) -> tuple[str, str | None]:
     if facts.recipe.secure.kind != "none":
         return "None while uploads are masked or encrypted: a rule has to read them.", None
+    if facts.method.condenses:
+        return "None where clients send data that they made: there is no update to judge.", None
     if facts.method.averages:
         return 'Another centre than the mean: robust.rule = "median" or "trimmed".', "robust.rule"
     return 'Bounds on what a client can move: robust.rule = "clip".', "robust.rule"

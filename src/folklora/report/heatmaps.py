@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, PowerNorm
@@ -59,10 +61,19 @@ def _has_classes(run: Run) -> bool:
 
 def similarity(run: Run, theme: ThemeName = "light") -> Figure | None:
     """What the method knows of the clients: similarities and aggregation weights, as heat maps side by side."""
-    if not run.insights:
+    return _side_by_side(run, run.insights, theme)
+
+
+def similarity_before(run: Run, theme: ThemeName = "light") -> Figure | None:
+    """What it knew of them when the data of some were about to change."""
+    return _side_by_side(run, run.insights_before, theme)
+
+
+def _side_by_side(run: Run, insights: Mapping[str, np.ndarray], theme: ThemeName) -> Figure | None:
+    if not insights:
         return None
-    columns = {1: 1, 2: 2, 3: 3, 4: 2}[len(run.insights)]
-    lines = -(-len(run.insights) // columns)
+    columns = {1: 1, 2: 2, 3: 3, 4: 2}[len(insights)]
+    lines = -(-len(insights) // columns)
     count = len(run.clients)
     titles = {
         "similarity/data": "Similarity of data",
@@ -73,7 +84,7 @@ def similarity(run: Run, theme: ThemeName = "light") -> Figure | None:
     with drawing(theme) as colors:
         side = {1: 4.4, 2: 3.5, 3: 2.7}[columns]
         figure = canvas(side * lines + 0.35, width=WIDTH if columns > 1 else 5.2, gap=0.09)
-        for position, (name, matrix) in enumerate(run.insights.items(), start=1):
+        for position, (name, matrix) in enumerate(insights.items(), start=1):
             ax = clean(figure.add_subplot(lines, columns, position), colors, "none")
             # A client is always most similar to itself: shown, the diagonal would flatten all the rest.
             hidden = np.eye(count, dtype=bool) & (name != "weights") & (count > 1)

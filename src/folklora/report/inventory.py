@@ -78,7 +78,9 @@ class Traffic:
 def sent(facts: Facts) -> list[Sent]:
     """What leaves a client in its rounds, and what left it once."""
     found = [_line(facts, name, weight) for name, weight in _round_bytes(facts).items()]
-    once = facts.run.once.bytes_up if facts.run.once else 0
+    once = (facts.run.once.bytes_up if facts.run.once else 0) + sum(
+        sum(line.refresh.bytes_up_clients.values()) for line in facts.run.rounds if line.refresh
+    )
     numbers = _once_numbers(facts)
     whole = max(1, sum(numbers.values()))
     return found + [_once(facts, name, count, round(once * count / whole)) for name, count in numbers.items()]
@@ -89,6 +91,7 @@ def _once_numbers(facts: Facts) -> dict[str, int]:
     context = facts.method.context
     most = {
         "statistics": context.classes * (context.width + 1) + context.width**2,
+        "counts": context.classes,
         "gradients": sum(site.d_in * site.d_out for site in context.sites),
     }
     found = {name: count for name, count in most.items() if name in facts.once}
@@ -117,22 +120,32 @@ def _line(facts: Facts, name: str, weight: float) -> Sent:
     )
 
 
+ONCE_NAMES = {
+    "statistics": "statistics/...",
+    "mixtures": "mixture/...",
+    "counts": "counts/train",
+    "gradients": "gradient/<layer>",
+}
+
+
 def _once(facts: Facts, name: str, most: int, weight: int) -> Sent:
     context = facts.method.context
     projected = getattr(facts.method.options, "projection", 0)
+    refresh = getattr(facts.method.options, "refresh", 0)
     what, parts, tells = SKETCHED[name]
     sizes = {
         "statistics": f"{context.classes} labels; {context.width} features",
         "mixtures": f"{context.classes} labels; {projected or context.width} features",
+        "counts": f"{context.classes} labels",
         "gradients": _shapes([(site.d_out, site.d_in) for site in context.sites]),
     }
     noisy = name == "statistics" and facts.sketch_epsilon is not None
     return Sent(
         kind=name,
         what=f"{what}: {parts}",
-        names={"statistics": "statistics/...", "mixtures": "mixture/...", "gradients": "gradient/<layer>"}[name],
+        names=ONCE_NAMES[name],
         shapes=sizes[name] if facts.known else "not on record",
-        often="once, before the first round",
+        often=f"before the first round, and again after every {refresh}" if refresh else "once, before the first round",
         form="with noise (differential privacy)" if noisy else "readable by the server",
         numbers=(0, most) if facts.known else None,
         bytes=weight,
@@ -175,7 +188,9 @@ def _round_bytes(facts: Facts) -> dict[str, float]:
     shares = {pair: tuple(map(_parts, pair)) for pair in {_key(pair) for pair in facts.uploads.values()}}
     total = dict.fromkeys(facts.kinds, 0.0)
     for line in facts.run.rounds:
-        for client, count in line.bytes_up_clients.items():
+        again = line.refresh.bytes_up_clients if line.refresh else {}
+        for client, moved in line.bytes_up_clients.items():
+            count = moved - again.get(client, 0)
             if client in facts.uploads:
                 for name, share in shares[_key(facts.uploads[client])][(line.round - 1) % 2].items():
                     total[name] += count * share
@@ -289,8 +304,9 @@ def in_one_sentence(facts: Facts, lines: Sequence[Sent]) -> str:
     left = [line for line in lines if line.bytes] or lines
     rounds = [line.what for line in left if line.kind in facts.kinds]
     once = [line.what.partition(":")[0] for line in left if line.kind not in facts.kinds]
+    again = "before the first round and at intervals" if getattr(facts.method.options, "refresh", 0) else "once"
     what = ", and ".join(
-        [f"{_listed(words)} {when}" for words, when in ((rounds, "in rounds"), (once, "once")) if words]
+        [f"{_listed(words)} {when}" for words, when in ((rounds, "in rounds"), (once, again)) if words]
     )
     if not total:
         return f"Nothing has left a client yet. It will send {what}."

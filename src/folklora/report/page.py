@@ -59,6 +59,8 @@ def write_report(run_dir: str | Path) -> Path:
         )
     drops = [(line.round, client, reason) for line in run.lines for client, reason in line.failed.items()]
     tables = [_clients_sheet(run, drops)]
+    if run.newcomers:
+        tables.append(_newcomers_sheet(run))
     if drops:
         tables.append(
             Sheet(
@@ -229,6 +231,7 @@ def _run_cards(run: Run) -> list[Card]:
         score("Tuned at home", "tuned_mean", "before the server's last reply")
         score("Each client's choice", "chosen_mean", "with or without that reply, by validation")
     score("Global model", "global", "on the common test set")
+    score("Newcomers", "newcomers", _newcomers_remark(run))
     if not run.finished and run.evaluated:
         last, validation = run.evaluated[-1]
         remark = f"after round {last}"
@@ -296,6 +299,31 @@ def _clients_sheet(run: Run, drops: Sequence[tuple[int, str, str]]) -> Sheet:
         "received",
     ]
     return Sheet(_cut("Clients and participation", len(run.clients)), titles, lines, note=CHOICE, folded=True)
+
+
+def _newcomers_remark(run: Run) -> str:
+    told = f"{len(run.joined.clients) if run.joined else 0} of {len(run.newcomers)} clients without a round"
+    return f"{told}; without {run.joined.lacks}" if run.joined and run.joined.lacks else told
+
+
+def _newcomers_sheet(run: Run) -> Sheet:
+    """Those who took part in no round."""
+    metric, joined = run.metric or ACCURACY, run.joined
+    lines = []
+    for client, size in list(run.newcomers.items())[:MOST_LINES]:
+        result = joined.clients.get(client) if joined else None
+        score = (result.model_extra or {}).get(metric.name) if result else None
+        shown = metric.number(float(score)) if isinstance(score, int | float) else NOTHING
+        failure = joined.failed.get(client, "") if joined else ""
+        lines.append([client, *(str(number) for number in (size.train, size.validation, size.test)), shown, failure])
+    note = "They took part in no round: when all was over each sent its sketch, and was scored with what came back."
+    if joined:
+        sent, received = human_bytes(joined.bytes_up_per_client), human_bytes(joined.bytes_down_per_client)
+        note += f" Each sent {sent} and received {received}."
+        note += f" They are without {joined.lacks}." if joined.lacks else ""
+    titles = ["client", "train", "validation", "test", f"test {metric.words}{metric.unit}", "failed"]
+    title = _cut("Newcomers", len(run.newcomers))
+    return Sheet(title, titles, lines, frozenset({0, 5}), note=note, folded=True)
 
 
 def _runs_sheet(comparison: Comparison) -> Sheet:

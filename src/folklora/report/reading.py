@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 
 from folklora.backbones.metric import ACCURACY, KNOWN, Metric, metric_of, same_metric
 from folklora.errors import RunError
-from folklora.report.records import Compare, Examples, Partition, Round, Summary, Validation, parse, text_of
+from folklora.federation.sampling import newcomers
+from folklora.report.records import Compare, Examples, Joined, Partition, Round, Summary, Validation, parse, text_of
 
 Row = Mapping[str, Any]
 """The compare row of a finished run: the `row` of its ``summary.json``."""
@@ -51,7 +52,12 @@ class Run:
     classes
         Names of the classes.
     examples
-        Client id -> sizes of its splits; the order of the clients is that of ``partition.json``.
+        Client id -> sizes of its splits; the order of the clients is that of ``partition.json``. Newcomers, who take
+        part in no round, are none of these.
+    newcomers
+        Likewise, of those.
+    joined
+        What they were told and how they did with it, once the run is finished.
     counts
         [clients, classes] training examples of each class, or None where ``partition.json`` has no ``counts``.
     once
@@ -62,6 +68,8 @@ class Run:
         The compare row and each client's test results; None and empty until the run is finished.
     insights
         Name -> [clients, clients] matrix, those of `INSIGHTS` that the method left.
+    insights_before
+        Likewise, of the round before some clients' data changed.
     stopped_early, stopped
         Whether the run ended before its last round; and why, where it was not for want of improvement.
     environment
@@ -82,6 +90,9 @@ class Run:
     stopped_early: bool
     stopped: str | None
     environment: dict[str, Any]
+    insights_before: dict[str, np.ndarray] = field(default_factory=dict)
+    newcomers: dict[str, Examples] = field(default_factory=dict)
+    joined: Joined | None = None
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -197,21 +208,27 @@ def read_run(path: str | Path) -> Run:
     lines = _rounds(path / "metrics.jsonl")
     if not lines and row is not None and row.get("rounds"):
         raise RunError(f"{path / 'metrics.jsonl'}: missing or empty, though summary.json tells of finished rounds")
+    sizes = {client: split.sizes() for client, split in partition.clients.items()}
+    late = _late(recipe, list(sizes))
+    examples = {client: size for client, size in sizes.items() if client not in late}
     return Run(
         path=path,
         recipe_text=text,
         recipe=recipe,
         classes=partition.classes,
-        examples={client: split.sizes() for client, split in partition.clients.items()},
-        counts=_counts(partition, path / "partition.json"),
+        examples=examples,
+        counts=_counts(partition, list(examples), path / "partition.json"),
         once=lines[0] if lines and lines[0].round == 0 else None,
         rounds=tuple(line for line in lines if line.round > 0),
         row=row,
         results=_results(summary, path / "summary.json") if summary else {},
-        insights=_insights(path / "insight.safetensors", len(partition.clients)),
+        insights=_insights(path / "insight.safetensors", len(examples)),
+        insights_before=_insights(path / "insight-before.safetensors", len(examples)),
         stopped_early=summary.stopped_early if summary else False,
         stopped=summary.stopped if summary else None,
         environment=summary.environment if summary else {},
+        newcomers={client: sizes[client] for client in late},
+        joined=summary.newcomers if summary else None,
     )
 
 
@@ -297,11 +314,20 @@ def _results(summary: Summary, path: Path) -> dict[str, ClientResult]:
     return results
 
 
-def _counts(partition: Partition, path: Path) -> np.ndarray | None:
+def _late(recipe: Mapping[str, Any], clients: Sequence[str]) -> tuple[str, ...]:
+    """The newcomers among them, by a recipe that is not validated anew."""
+    section, seed = recipe.get("newcomers"), recipe.get("seed", 0)
+    share = section.get("share", 0.0) if isinstance(section, dict) else 0.0
+    if not (isinstance(share, int | float) and 0 < share < 1 and isinstance(seed, int)):
+        return ()
+    return newcomers(share, seed, clients)
+
+
+def _counts(partition: Partition, clients: Sequence[str], path: Path) -> np.ndarray | None:
     if partition.counts is None:
         return None
-    rows = [partition.counts.get(client, []) for client in partition.clients]
-    for client, row in zip(partition.clients, rows, strict=True):
+    rows = [partition.counts.get(client, []) for client in clients]
+    for client, row in zip(clients, rows, strict=True):
         if len(row) != len(partition.classes):
             raise RunError(f"{path}: counts of client {client!r} has {len(row)} of {len(partition.classes)} classes")
     return np.array(rows, dtype=np.int64)

@@ -47,6 +47,13 @@ class Spent(Record):
     clients: dict[str, float] = {}
 
 
+class Refreshed(Record):
+    """Sketches that were asked for again: whose old one is kept, and why; bytes of them, which are the round's too."""
+
+    kept: dict[str, str] = {}
+    bytes_up_clients: dict[str, int] = {}
+
+
 class Round(Record):
     """A line of ``metrics.jsonl``; round 0 holds the traffic before the first round."""
 
@@ -61,6 +68,8 @@ class Round(Record):
     bytes_down_clients: dict[str, int] = {}
     aggregation_error: float | None = None
     privacy: Spent | None = None
+    drift: tuple[str, ...] = ()  # whose data are other ones from this round on
+    refresh: Refreshed | None = None
     seconds: dict[str, float] = {}
 
 
@@ -93,11 +102,22 @@ class RowRecord(Record):
         return self.model_dump(exclude_unset=True)
 
 
+class Joined(Record):
+    """What ``summary.json`` tells of newcomers: results, who failed and why, and what they would have needed."""
+
+    clients: dict[str, ClientRecord] = {}
+    failed: dict[str, str] = {}
+    lacks: str | None = None
+    bytes_up_per_client: float = 0.0
+    bytes_down_per_client: float = 0.0
+
+
 class Summary(Record):
     """``summary.json``."""
 
     row: RowRecord
     clients: dict[str, ClientRecord] = {}
+    newcomers: Joined | None = None
     stopped_early: bool = False
     stopped: str | None = None
     environment: dict[str, Any] = {}

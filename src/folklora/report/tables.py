@@ -98,12 +98,13 @@ SCORES = {
     "chosen": "chosen_mean",
     "global": "global",
     "weighted": "weighted",
+    "newcomers": "newcomers",
 }
 
 
 def columns(metric: Metric) -> list[Column]:
     """All that a comparison tells a method by."""
-    score, *others = _scores(metric, "worst tenth", "tuned", "chosen", "global")
+    score, *others = _scores(metric, "worst tenth", "tuned", "chosen", "global", "newcomers")
     return [
         score,
         Column("epsilon", "epsilon", "{:.3g}".format),
@@ -111,6 +112,7 @@ def columns(metric: Metric) -> list[Column]:
         *_beside(metric),
         Column("up / client / round", "bytes_up_per_client_round", human_bytes, counted=True),
         Column("once / client", "bytes_once_per_client", human_bytes, counted=True),
+        Column("newcomer", "bytes_per_newcomer", human_bytes, counted=True),
         Column("train s", "seconds_train", _seconds),
         Column("aggregation error", "aggregation_error", _error),
     ]
@@ -193,6 +195,11 @@ def note(rows: Sequence[Row]) -> str:
         parts.append("Up: bytes a client sends in a round; once: before the first round, both ways.")
     if Spread.of(rows, f"{metric.name}_chosen_mean") is not None:
         parts.append(CHOICE)
+    if Spread.of(rows, f"{metric.name}_newcomers") is not None:
+        parts.append(
+            "Newcomers: clients that took part in no round, with what the server made of their sketch, untrained; "
+            "beside it the bytes of that, both ways."
+        )
     if Spread.of(rows, "epsilon") is not None:
         parts.append("Epsilon: what differential privacy of training has cost; —: there was none.")
     return " ".join(parts)
@@ -216,7 +223,7 @@ def _spare(metric: Metric) -> list[str]:
     """What a narrow terminal does without, in this order; the report has it all."""
     titles = ["aggregation error", f"tuned{metric.unit}", f"global{metric.unit}", "seeds", "train s"]
     titles += [column.title for column in _beside(metric)]
-    return [*titles, f"chosen{metric.unit}", "once / client", f"worst tenth{metric.unit}"]
+    return [*titles, "newcomer", f"chosen{metric.unit}", "once / client", f"worst tenth{metric.unit}"]
 
 
 @dataclass(frozen=True)

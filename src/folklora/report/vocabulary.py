@@ -13,6 +13,9 @@ WORDS = {
     "index": "which rows and columns were chosen",
     "control": "control variates",
     "base": "dense changes of the frozen weights",
+    "condensed": "made-up examples, condensed from the client's own",
+    "logits": "mean logits of each label",
+    "soft": "mean answers for each label",
 }
 TELLS = {
     "A": "Its change is a sum of what the model sees in the client's own examples: the most direct trace of inputs.",
@@ -25,6 +28,9 @@ TELLS = {
     "index": "Which directions mattered most for the client's examples.",
     "control": "An average of the client's own gradients: as telling as the tensors it is named after.",
     "base": "The sum of all changes so far.",
+    "condensed": "Where the client's examples of each label lie; of a label with one example, that example.",
+    "logits": "What the server's model says of the client's examples of each label, on average.",
+    "soft": "What the server's model says of the client's examples of each label, on average.",
 }
 SKETCHED = {
     "statistics": (
@@ -36,6 +42,11 @@ SKETCHED = {
         "class mixtures",
         "for each label: how many examples, and a mixture of Gaussians fitted to their features",
         "Which labels the client has, how many examples of each, and where their features lie, in some detail.",
+    ),
+    "counts": (
+        "class counts",
+        "how many examples of each label",
+        "Which labels the client has, and how many examples of each.",
     ),
     "gradients": (
         "weight gradients",

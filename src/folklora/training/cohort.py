@@ -30,7 +30,7 @@ from folklora.training.optimizer import build, clip_rows, schedule
 from folklora.training.prefetch import Prefetch
 from folklora.training.private import NUMBERS, Part, Private, add_clipped, lay_out_apart
 from folklora.training.rows import Rows
-from folklora.training.stacks import from_stack, plug, stack, to_stack
+from folklora.training.stacks import Plugging, from_stack, plug, stack, to_stack
 from folklora.training.terms import TermRows
 
 # A leaf is a column range of the cohort's one matrix, so its rows are not adjacent in memory; torch mentions that once.
@@ -242,9 +242,9 @@ class _Cohort:
             return self._backward_apart(layout)
         labels = torch.from_numpy(np.concatenate([s.job.labels[p] for s, p in zip(self.slots, chosen, strict=True)]))
         stacks = {**self.frozen, **self.rows.leaves}
-        losses = self._losses(layout, labels, stacks, self.scales, [slot.dropout for slot in self.slots])
+        losses, penalised = self._losses(layout, labels, stacks, self.scales, [slot.dropout for slot in self.slots])
         self.rows.grads.zero_()
-        losses.sum().backward()
+        penalised.sum().backward()
         return losses.detach()
 
     def _backward_apart(self, parts: Sequence[Part]) -> Tensor:
@@ -259,8 +259,8 @@ class _Cohort:
             places = zip(part.owners.tolist(), part.picks, strict=True)
             # Masks come from nothing but the example and the step, whichever part it is in.
             dropout = [privacy[k].generator(f"dropout/{self.slots[k].done}/{pick}") for k, pick in places if masked]
-            found = self._losses(part.layout, part.labels, stacks, self.scales[owners], dropout)
-            found.sum().backward()
+            found, penalised = self._losses(part.layout, part.labels, stacks, self.scales[owners], dropout)
+            penalised.sum().backward()
             if self.terms.masks is not None:
                 rows.grads.mul_(self.terms.masks[owners])
             add_clipped(self.rows.grads, rows.grads, part, [private.clip for private in privacy])
@@ -270,17 +270,22 @@ class _Cohort:
 
     def _losses(
         self, layout: Any, labels: Tensor, stacks: Tensors, scales: Tensor, dropout: Sequence[torch.Generator]
-    ) -> Tensor:
-        """Of each client of a layout; ``dropout`` is where the masks of each come from."""
+    ) -> tuple[Tensor, Tensor]:
+        """Of each client of a layout: the data's loss, and what is minimised, which an adapter may add to.
+
+        ``dropout`` is where the masks of each come from.
+        """
         task, adapter = self.trainer.task, self.trainer.adapter
 
-        def plugged(batch: Batch) -> Bank:
+        def made(batch: Batch) -> Bank:
             bank = plug(adapter, stacks, scales, batch, self.device)
             if adapter.dropout:
                 bank.dropout = _Dropout(adapter.dropout, batch, dropout, bank)
             return bank
 
-        return task.losses(layout, labels, stacks, plugged)
+        plugged = Plugging(made)
+        losses = task.losses(layout, labels, stacks, plugged)
+        return losses, plugged.penalised(losses)
 
     def _disturb(self, sums: Tensor) -> None:
         """From sums of clipped gradients to what takes the gradient's place."""

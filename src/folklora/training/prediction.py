@@ -1,4 +1,5 @@
-"""Prediction with each client's own adapter, many clients in one forward pass; and features of the frozen backbone."""
+"""Prediction with each client's own adapter, many clients in one forward pass; features of the frozen backbone; and
+what adapted layers see on the way."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folklora.adapters.layers import Bank
+from folklora.adapters.grouped import Offsets
+from folklora.adapters.layers import Bank, SiteAdapter
 from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.backbones.batch import Batch
 from folklora.backbones.task import Example, Task
@@ -68,6 +70,50 @@ def predict(task: Task, adapter: LowRank, questions: Sequence[Question], tokens:
 
 def _plugged(adapter: LowRank, stacks: Tensors, scales: Tensor, device: torch.device, batch: Batch) -> Bank:
     return plug(adapter, stacks, scales, batch, device)
+
+
+def layer_inputs(
+    task: Task, adapter: LowRank, tensors: Tensors, examples: Sequence[Example], tokens: int = 8192
+) -> Tensors:
+    """``input/<site>`` [d_in] float32: the mean, over all tokens of the examples, of what each adapted layer sees.
+
+    Zeros where there are no examples.
+
+    Parameters
+    ----------
+    tensors
+        The client's model.
+    tokens
+        About how many tokens one forward pass takes.
+    """
+    device = task.backbone.device
+    rank = adapter.rank(tensors)
+    stacks = stack([tensors], rank, device)
+    scales = torch.tensor([adapter.scale(rank)], device=device)
+    totals = {site.name: torch.zeros(site.d_in + 1, dtype=torch.float64) for site in adapter.sites}
+
+    def plugged(batch: Batch) -> Bank:
+        bank = plug(adapter, stacks, scales, batch, device)
+        real = (batch.segments.reshape(-1) >= 0).to(device)
+        bank.sites = {name: _Listening(site, real, totals[name]) for name, site in bank.sites.items()}
+        return bank
+
+    with torch.no_grad():
+        for picks in _chunks([examples], tokens):
+            task.answers(task.lay_out([[examples[i] for i in picks[0][1]]]), stacks, plugged)
+    return {f"input/{name}": (total[:-1] / total[-1].clamp_min(1)).float() for name, total in totals.items()}
+
+
+class _Listening(SiteAdapter):
+    """An adapter that adds up what it is given, tokens that pad a row left out."""
+
+    def __init__(self, inner: SiteAdapter, real: Tensor, total: Tensor) -> None:
+        self.inner, self.real, self.total = inner, real, total
+
+    def delta(self, x: Tensor, offsets: Offsets, mask: Tensor | None) -> Tensor:
+        seen = x[self.real].double().sum(0).cpu()
+        self.total += torch.cat([seen, torch.tensor([int(self.real.sum())], dtype=torch.float64)])
+        return self.inner.delta(x, offsets, mask)
 
 
 def _chunks(groups: Sequence[Sequence[Example]], tokens: int) -> Iterator[list[tuple[int, list[int]]]]:

@@ -6,13 +6,13 @@ leaves at zero (see `folklora.adapters.layers.SiteStack`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folklora.adapters.layers import Bank, SiteStack
+from folklora.adapters.layers import Bank
 from folklora.adapters.lowrank import LowRank, Tensors, kind
 from folklora.backbones.batch import Batch
 
@@ -54,15 +54,9 @@ def stack(clients: Sequence[Tensors], rank: int, device: torch.device) -> Tensor
 
 def plug(adapter: LowRank, stacks: Mapping[str, Tensor], scales: Tensor, batch: Batch, device: torch.device) -> Bank:
     """The bank that makes a backbone run ``batch`` with these stacks; sites without factors run frozen."""
+    owners, real = batch.token_clients().to(device), (batch.segments.reshape(-1) >= 0).to(device)
     sites = {
-        site.name: SiteStack(
-            stacks[f"A/{site.name}"],
-            stacks[f"B/{site.name}"],
-            stacks.get(f"C/{site.name}"),
-            scales,
-            stacks.get(f"gain/{site.name}"),
-            stacks.get(f"base/{site.name}"),
-        )
+        site.name: adapter.plug_site(site, stacks, scales, owners, real)
         for site in adapter.sites
         if f"A/{site.name}" in stacks
     }
@@ -71,4 +65,23 @@ def plug(adapter: LowRank, stacks: Mapping[str, Tensor], scales: Tensor, batch: 
         for name, tensor in stacks.items()
         if kind(name) == "norm" and name.endswith(".weight")
     }
-    return Bank(sites, norms, batch.token_offsets, batch.token_clients().to(device))
+    return Bank(sites, norms, batch.token_offsets, owners)
+
+
+class Plugging:
+    """Banks for the forward passes of one step, as a task asks for them, and what their adapters add to its losses."""
+
+    def __init__(self, plug: Callable[[Batch], Bank]) -> None:
+        self.plug = plug
+        self.banks: list[Bank] = []
+
+    def __call__(self, batch: Batch) -> Bank:
+        self.banks.append(self.plug(batch))
+        return self.banks[-1]
+
+    def penalised(self, losses: Tensor) -> Tensor:
+        """Each client's loss, [K], with what its adapter minimises beside it; the very same where that is nothing."""
+        for bank in self.banks:
+            if (penalty := bank.penalty) is not None:
+                losses = losses + penalty
+        return losses

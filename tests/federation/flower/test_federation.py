@@ -230,6 +230,20 @@ def test_celora_over_tls_equals_the_local_engine(world: World, members: dict[str
     assert not status(world.fed)["up"]
 
 
+def test_a_newcomer_over_tls_gets_what_the_local_engine_gives_it(
+    world: World, members: dict[str, subprocess.Popen[bytes]]
+) -> None:
+    recipe = Recipe.parse(world.recipe("folklora", rounds=1).model_dump(), ["newcomers.share=0.34"])
+    server = world.serve(recipe, "newcomer")
+    until(lambda: server.poll() is not None, "the run ends", *members.values())
+    assert server.returncode == 0, world.log("newcomer")
+    found = json.loads((world.folder / "newcomer" / "summary.json").read_text())
+    expected = run(world.local(recipe), world.folder / "newcomer-local")
+    assert found["newcomers"]["clients"]
+    assert found["newcomers"] == expected["newcomers"]
+    assert_same(found["row"], expected["row"])
+
+
 def test_a_server_killed_and_restarted_ends_with_the_same_numbers(
     world: World, members: dict[str, subprocess.Popen[bytes]]
 ) -> None:

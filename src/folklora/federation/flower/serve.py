@@ -151,7 +151,7 @@ def _everywhere(host: str) -> str:
 
 def _largest_message(run: Hosted) -> int:
     """Bytes that one message of a member may have at the gate: well above the most that the method sends."""
-    method, ranks = run.setup.method, run.setup.ranks
+    method, ranks = run.setup.method, run.setup.method.context.ranks
     of_each_rank = {rank: client for client, rank in ranks.items()}.values()
     rounds = range(1, min(method.rounds(), 2) + 1)
     uploads = [method.typical_upload(round, client) for round in rounds for client in of_each_rank]

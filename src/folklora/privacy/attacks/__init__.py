@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from folklora.errors import AttackError, no_such
+from folklora.privacy.attacks.condensed import CondensedInversion
 from folklora.privacy.attacks.dlg import DLG
 from folklora.privacy.attacks.guess import Attack
 from folklora.privacy.attacks.idlg import IDLG
@@ -16,7 +17,18 @@ from folklora.privacy.attacks.tag import TAG
 
 ATTACKS: dict[str, type[Attack]] = {
     attack.name: attack
-    for attack in (DLG, IDLG, Inverting, TAG, LAMP, Span, MixtureInversion, Membership, LabelDistribution)
+    for attack in (
+        DLG,
+        IDLG,
+        Inverting,
+        TAG,
+        LAMP,
+        Span,
+        MixtureInversion,
+        CondensedInversion,
+        Membership,
+        LabelDistribution,
+    )
 }
 
 

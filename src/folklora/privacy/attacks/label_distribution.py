@@ -29,6 +29,7 @@ from folklora.adapters.lowrank import Tensors
 from folklora.errors import AttackError
 from folklora.federation.codec import decode
 from folklora.federation.member import Member
+from folklora.methods.condensed import COUNTS
 from folklora.privacy.attacks.inference import Findings, Inference, Stage
 from folklora.privacy.attacks.shadows import Cast, shadows, victim
 from folklora.randomness import numpy_generator
@@ -145,8 +146,11 @@ def normalised(guess: np.ndarray) -> np.ndarray:
 
 
 def from_sketch(sketch: Tensors, classes: int) -> np.ndarray | None:
-    """Counts that class statistics or mixtures hold; of both, those with more classes. None if there are none."""
+    """Class counts as they are, or those that class statistics or mixtures hold; of both, those with more classes. None
+    if there are none."""
     best: np.ndarray | None = None
+    if COUNTS in sketch:
+        return normalised(sketch[COUNTS].double().numpy())
     for prefix in ("mixture/", "statistics/"):
         if f"{prefix}counts" not in sketch:
             continue

@@ -107,8 +107,8 @@ class MixtureInversion(Inference):
         if stage.lens.replica.form == "image":
             return values, self._pictures(stage, means, rows)
         lens = stage.lens
-        originals = _closest(means, features, rows)
-        original, recovered = (_texts(lens.replica, setup.encoded, each) for each in (originals, shown))
+        originals = closest(means, features, rows)
+        original, recovered = (bare_texts(lens.replica, setup.encoded, each) for each in (originals, shown))
         values |= text_metrics(original, recovered)
         return values, {"original": original.texts[:SHOWN], "recovered": recovered.texts[:SHOWN]}
 
@@ -120,7 +120,7 @@ class MixtureInversion(Inference):
         wanted = means.means[chosen].float()
         size = tuple(lens.replica.backbone.pictures.size)
         pictures = inverted(lens.replica, wanted, size, stage.budget * 10)
-        originals = _closest(means, setup.frozen_features(), rows)[chosen]
+        originals = closest(means, setup.frozen_features(), rows)[chosen]
         pixels = lens.replica.backbone.pictures.encode([setup.data.table.inputs[i] for i in originals])
         original = torch.from_numpy(np.stack(pixels)).float() / 255
         return {"original": [data_uri(p) for p in original], "recovered": [data_uri(p) for p in pictures]}
@@ -239,10 +239,11 @@ def inverted(replica: Any, wanted: Tensor, size: Sequence[int], steps: int) -> T
     return pixels.detach().cpu()
 
 
-def _closest(means: Means, features: Tensor, rows: np.ndarray) -> np.ndarray:
+def closest(means: Means, features: Tensor, rows: np.ndarray) -> np.ndarray:
     """The victim's own example nearest to each mean: what it is held to be the likeness of."""
     return np.asarray(rows[nearest_of(means.means, features[torch.from_numpy(rows)])[0].numpy()])
 
 
-def _texts(replica: Any, encoded: Sequence[Any], rows: np.ndarray) -> Texts:
+def bare_texts(replica: Any, encoded: Sequence[Any], rows: np.ndarray) -> Texts:
+    """Encoded texts without their special tokens."""
     return texts_of(replica, [tokens_of(encoded[i]) for i in rows])

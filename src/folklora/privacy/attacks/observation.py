@@ -100,8 +100,13 @@ class Observation:
 
 
 def cut(name: str, tensor: Tensor, sent: Tensors) -> Tensor:
-    """Of a factor, the pairs that travelled, where an ``index/<site>`` says which (HAFL); everything else whole."""
-    if tensor.shape == sent[name].shape:
+    """Of a factor, what travelled: the pairs that an ``index/<site>`` names (HAFL), or the first ones (the experts that
+    FedAMoLE's clients hold); everything else whole."""
+    shape = sent[name].shape
+    if tensor.shape == shape:
         return tensor
-    chosen = sent[f"index/{name.partition('/')[2]}"].long().sort().values.to(tensor.device)
+    index = f"index/{name.partition('/')[2]}"
+    if index not in sent:
+        return tensor[tuple(slice(size) for size in shape)]
+    chosen = sent[index].long().sort().values.to(tensor.device)
     return tensor[chosen] if kind(name) == "A" else tensor[:, chosen]

@@ -7,25 +7,24 @@ all adapters and the head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from folklora.adapters.lowrank import LowRank, Tensors, kind
-from folklora.backbones.batch import Batch
+from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.backbones.causal import CausalLM, Dialogue
 from folklora.backbones.decoder import LOGITS
 from folklora.backbones.image_text import Example, ImageText
 from folklora.backbones.pictures import Pixels, lay_out_pictures
 from folklora.backbones.task import Task
-from folklora.training.stacks import plug
+from folklora.training.network import Embeddings, one_client
+from folklora.training.stacks import Plugging
 
 
 class Replica:
@@ -47,19 +46,14 @@ class Replica:
         self.device = task.backbone.device
 
     @cached_property
-    def embedding(self) -> nn.Module:
+    def embeddings(self) -> Embeddings:
         """The layer that turns token ids into vectors."""
-        model: Any = self.backbone.run(lambda model: model, None, torch.float32)
-        layer: nn.Module = model.get_input_embeddings()
-        return layer
+        return Embeddings(self.backbone)
 
-    @cached_property
+    @property
     def vectors(self) -> Tensor:
         """[vocabulary, d] float32: what the embedding layer gives for each token."""
-        weight: Any = self.embedding.weight
-        with torch.no_grad():
-            found: Tensor = self.embedding(torch.arange(weight.shape[0], device=self.device)).float()
-        return found
+        return self.embeddings.vectors
 
     def gradients(
         self,
@@ -102,7 +96,7 @@ class Replica:
         model = {**{name: t.detach().to(self.device, torch.float32) for name, t in before.items()}, **leaves}
         stacks, plugged = self._stacks(model)
         layout = self.task.lay_out([list(examples)], "never")
-        loss = self.task.losses(layout, labels, stacks, plugged, torch.float32).sum()
+        loss = plugged.penalised(self.task.losses(layout, labels, stacks, plugged, torch.float32)).sum()
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         pairs = zip(names, found, leaves.values(), strict=True)
         return {name: torch.zeros_like(leaf) if slope is None else slope for name, slope, leaf in pairs}
@@ -120,14 +114,15 @@ class Replica:
         with sdpa_kernel(SDPBackend.MATH):  # fused kernels have no second derivative
             if self.form == "image":
                 losses: Tensor = self.task.losses(self._pictures(inputs), labels, stacks, plugged, torch.float32)
-                return losses.sum()
+                return plugged.penalised(losses).sum()
             assert lengths is not None
-            with self._in_place_of_tokens(inputs):
+            with self.embeddings.replaced(inputs):
                 if isinstance(self.task, CausalLM):
-                    return self._mean_nats(inputs, lengths, prompts or [1] * len(lengths), plugged)
+                    nats = self._mean_nats(inputs, lengths, prompts or [1] * len(lengths), plugged)
+                    return plugged.penalised(nats[None]).sum()
                 layout = self.task.lay_out([[[self.backbone.pad_token] * length for length in lengths]], "never")
                 losses = self.task.losses(layout, labels, stacks, plugged, torch.float32)
-                return losses.sum()
+                return plugged.penalised(losses).sum()
 
     def features(self, pixels: Tensor, *, slope: bool = False) -> Tensor:
         """[count, width]: what the frozen backbone sees in pictures; ``slope``: differentiable in them."""
@@ -135,15 +130,10 @@ class Replica:
             found: Tensor = self.task.features(self._pictures(pixels))
         return found
 
-    def _stacks(self, model: Tensors) -> tuple[Tensors, Any]:
+    def _stacks(self, model: Tensors) -> tuple[Tensors, Plugging]:
         """The model as a stack of one client, and what plugs it in; slopes go back to the model."""
-        stacks = {name: (tensor.T if kind(name) == "B" else tensor)[None] for name, tensor in model.items()}
-        scales = torch.tensor([self.adapter.scale(self.adapter.rank(model))], device=self.device)
-
-        def plugged(batch: Batch) -> Any:
-            return plug(self.adapter, stacks, scales, batch, self.device)
-
-        return stacks, plugged
+        stacks, plug = one_client(self.adapter, model, self.device)
+        return stacks, Plugging(plug)
 
     # -- inputs in the place of the real ones --------------------------------------------------------------------------
 
@@ -158,14 +148,6 @@ class Replica:
             return replace(self.task.lay_out([[Example(blank)] * len(pixels)]), pictures=batch)
         layout = self.task.lay_out([[Example(torch.zeros(self.task.width).numpy())] * len(pixels)])
         return replace(layout, pictures=self.backbone.embed_pictures(batch, None, torch.float32))
-
-    @contextmanager
-    def _in_place_of_tokens(self, vectors: Tensor) -> Iterator[None]:
-        hook = self.embedding.register_forward_hook(lambda layer, arguments, output: vectors.to(output.dtype))
-        try:
-            yield
-        finally:
-            hook.remove()
 
     def _mean_nats(self, inputs: Tensor, lengths: Sequence[int], prompts: Sequence[int], plugged: Any) -> Tensor:
         """Of the response tokens, which are unknown as well: the likelier a token, the nearer its vector is."""

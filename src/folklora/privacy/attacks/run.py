@@ -20,6 +20,7 @@ from folklora.federation.rounds import Progress, Silent
 from folklora.federation.run import variant
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import Setup, prepare
+from folklora.methods import find as find_method
 from folklora.privacy.attacks import find
 from folklora.privacy.attacks.attacker import Attacker
 from folklora.privacy.attacks.guess import Attack, Form
@@ -134,6 +135,11 @@ def attack(
             f"{'pictures' if form == 'image' else 'texts'}; allowed: `folklora attack --list` says which"
         )
     _refuse(plan, form)
+    if find_method(recipe.method.name).condenses and not isinstance(chosen, Inference):
+        raise AttackError(
+            f"method {recipe.method.name!r} sends data that its clients made, and no gradient stands behind it; "
+            'allowed: --attack "condensed"'
+        )
     warm = _warm(recipe, run, plan, progress)
     replica = Replica(warm.setup.task, warm.setup.method.adapter, form)
     public, victims = choose(warm.setup, plan.batch, plan.victims, plan.seed)

@@ -55,6 +55,14 @@ def attackable(recipe: Recipe) -> Recipe:
             f'model.quantize = "{recipe.model.quantize}": gradients are not taken twice through such weights; '
             'allowed: "none"'
         )
+    if recipe.drift.kind != "none":
+        raise AttackError(
+            f'drift.kind = "{recipe.drift.kind}": what clients hold is looked at as if it stayed; allowed: "none"'
+        )
+    if recipe.newcomers.share:
+        raise AttackError(
+            f"newcomers.share = {recipe.newcomers.share:g}: attacks are on those who take part, all of them; allowed: 0"
+        )
     plain = Recipe()
     train = recipe.train.model_copy(
         update={"failures": 0.0} | ({} if recipe.adapter.promote is not None else {"evaluate_every": 10**9})

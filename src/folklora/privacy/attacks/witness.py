@@ -174,9 +174,10 @@ def _gradient(
 
 
 def _fits(name: str, sent: Tensor, message: Message, job: Job) -> bool:
-    return sent.shape == job.tensors[name].shape or (
-        kind(name) in {"A", "B"} and f"index/{name.partition('/')[2]}" in message.tensors
-    )
+    whole = job.tensors[name].shape
+    if kind(name) in {"A", "B"} and f"index/{name.partition('/')[2]}" in message.tensors:
+        return True
+    return len(sent.shape) == len(whole) and all(part <= all_ for part, all_ in zip(sent.shape, whole, strict=True))
 
 
 def travelled(setup: Setup, job: Job) -> float:
@@ -198,6 +199,12 @@ class _NoData:
         raise _Unknown
 
     def weight_gradients(self, head: Tensors, examples: int) -> Tensors:
+        raise _Unknown
+
+    def network_inputs(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor, Tensor]:
+        raise _Unknown
+
+    def layer_inputs(self, tensors: Tensors, examples: int) -> Tensors:
         raise _Unknown
 
 

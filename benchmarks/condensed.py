@@ -5,10 +5,11 @@
     python benchmarks/condensed.py --list                        # what is done and what is left
     python benchmarks/condensed.py --collect                     # only rewrite the results from the runs
 
-Banking77, ten clients. `fedit` and `folklora` train at the rates that `accuracy.py` chose for them. A row has the
-accuracy of the models that clients end with, the bytes of one client over the whole run, and an attack on that run:
-`condensed` where made-up examples travel, `mixture` where a sketch does. As in `poison.py` any number of processes can
-share ``--runs``.
+Banking77, ten clients. Methods train, or their servers do, at the rates that `accuracy.py` chose for them as they are
+by default (``tuning.json``); one for which it chose none has a fixed rate that nobody tuned (``RATE``). A row has its
+rate, the accuracy of the models that clients end with, the bytes of one client over the whole run, and an attack on
+that run: `condensed` where made-up examples travel, `mixture` where a sketch does. As in `poison.py` any number of
+processes can share ``--runs``.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ VARIANTS = (
     f"feddm:{EMBEDDED}:init=public",
 )
 RATE = "1e-2"
-"""Where no rate was chosen: of the servers that train, on the validation split of a seed of its own."""
+"""Where `accuracy.py` chose no rate for a method. It is not tuned."""
 SEEDS = 3
 VICTIMS = 4
 SHOWN = ("hit", "single_hit", "summed_precision", "rank_quantile", "token_recall", "token_cosine")
@@ -89,8 +90,15 @@ class Cell:
 
 
 def plan(variants: Sequence[str], seeds: int, rates: dict[str, str]) -> list[Cell]:
-    """All runs; one seed of everything first, the most telling variants first."""
-    return [Cell(name, seed, rates.get(name, RATE)) for seed in range(seeds) for name in variants]
+    """All runs; one seed of everything first, the most telling variants first.
+
+    ``rates`` are what was chosen for variants, or for their methods.
+    """
+
+    def rate(name: str) -> str:
+        return rates.get(name) or rates.get(name.partition(":")[0], RATE)
+
+    return [Cell(name, seed, rate(name)) for seed in range(seeds) for name in variants]
 
 
 def row_of(cell: Cell, path: Path) -> dict[str, Any] | None:

@@ -120,6 +120,7 @@ def test_newcomers_get_the_server_s_model(tiny_recipe: Callable[..., Any], play:
         (["secure.kind=ckks"], "method.name ="),
         (["robust.rule=median"], "whose clients send data: there is no update to judge"),
         (["robust.rule=clip"], "whose clients send data: there is no update to judge"),
+        (["poison.kind=backdoor", "poison.share=0.25"], 'poison.kind = "backdoor" with method.name ='),
     ],
 )
 def test_what_it_does_not_go_with_is_refused_by_name(

@@ -93,6 +93,20 @@ def test_the_run_directory_says_who_has_what_when(tiny_recipe: Callable[..., Rec
     assert all(bool(torch.isfinite(tensor).all()) for tensor in own.tensors.values())
 
 
+def test_a_run_that_ends_before_the_change_is_told_of_the_data_it_had(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Here the privacy budget ends it."""
+    hidden = ("privacy.unit=client", "privacy.noise=1.0", "privacy.epsilon=8.0")
+    recipe = tiny_recipe("method.name=fedit", *hidden, "train.rounds=6", "drift.kind=labels", "drift.round=6")
+    summary = run(recipe, tmp_path / "run")
+    assert "stopped" in summary
+    setup = prepare(recipe)
+    assert summary["row"]["rounds"] < 5
+    assert any(setup.sizes(client, 6) != setup.sizes(client) for client in setup.clients)
+    assert {c: told["examples"] for c, told in summary["clients"].items()} == {c: setup.sizes(c) for c in setup.clients}
+
+
 def labels_of(setup: Setup, client: str, round: int) -> np.ndarray:
     """Of its training examples."""
     return setup.data.table.labels[setup.split(client, round).train]

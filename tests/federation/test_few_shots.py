@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from folklora.errors import RecipeError
+from folklora.federation.codec import decode, encode
+from folklora.federation.local import LocalEngine
 from folklora.federation.run import client_model, resume, run
 from folklora.federation.setup import prepare
+from folklora.methods.contract import Message
 
 FEW = ("train.cohort=1", "train.rounds=2", "data.limit=80", "data.shots=2", "method.head_start=fitted")
 VARIANTS = (
@@ -96,3 +100,30 @@ def test_private_examples_are_refused(tiny_recipe: Callable[..., Any]) -> None:
         recipe = tiny_recipe(*FEW, f"method.name={name}", "privacy.unit=example", "privacy.noise=1")
         with pytest.raises(RecipeError, match='head_start = "fitted" makes more of the training examples'):
             prepare(recipe)
+
+
+@pytest.mark.parametrize("augment", ["none", "sketch"])
+@pytest.mark.parametrize(("part", "lie"), [("means", 3e38), ("scatter", 3e38), ("means", 9e5), ("counts", 3e38)])
+def test_statistics_that_cannot_be_harm_nobody_s_run(
+    tiny_recipe: Callable[..., Any], play: Callable[..., Any], augment: str, part: str, lie: float
+) -> None:
+    """What all are sent is made of everybody's: numbers of one client must not end the run, whatever they are."""
+
+    class Lying(LocalEngine):
+        def sketches(self, clients: Sequence[str], round: int = 0) -> Iterator[tuple[str, bytes | None]]:
+            for client, data in super().sketches(clients, round):
+                if client not in "12":
+                    yield client, data
+                    continue
+                assert data is not None
+                tensors = dict(decode(data).tensors)
+                sign = 1 if client == "1" or part != "means" else -1
+                tensors[f"statistics/{part}"] = torch.full(tensors[f"statistics/{part}"].shape, sign * lie)
+                yield client, encode(Message(tensors))
+
+    start = {"none": "sketched", "sketch": "fitted"}[augment]
+    options = ("method.name=local", "method.head=private", f"method.head_start={start}", f"method.augment={augment}")
+    played = play(tiny_recipe("train.rounds=1", *options), Lying)
+    assert set(played.lines[0]["failed"]) == (set("12") if lie == 3e38 and part != "counts" else set())
+    assert played.lines[1]["participants"] == ["0", "1", "2", "3"]
+    assert played.lines[1]["failed"] == {}

@@ -101,6 +101,14 @@ def test_a_newcomer_of_any_method_is_told_something_or_the_summary_says_what_it_
     assert evaluate(setup.task, setup.method.adapter, [question], {newcomer: labels})[newcomer].value == score
 
 
+def test_what_stays_home_with_the_others_is_named(tiny_recipe: Callable[..., Any]) -> None:
+    """FedSA's newcomer has everybody's A between its data and a B that is zero."""
+    for method, lacks in (("fedsa", "up factors"), ("fedit", None), ("ffa", None)):
+        joining = prepare(tiny_recipe(f"method.name={method}", "method.head=shared", SHARE)).joining
+        assert (joining.newcomer_lacks or "").startswith(lacks or "")
+        assert (joining.newcomer_lacks is None) == (lacks is None)
+
+
 def test_without_newcomers_nothing_is_kept_for_them(tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
     summary = run(tiny_recipe(*FROZEN), tmp_path / "run")
     directory = RunDirectory(tmp_path / "run")
@@ -310,8 +318,8 @@ def test_a_newcomer_is_no_wider_than_what_the_server_made(tiny_recipe: Callable[
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (["newcomers.share=0.1"], "newcomers.share = 0.1 of 4 clients is nobody; allowed: 0, or a share of"),
-        (["newcomers.share=0.95"], "newcomers.share = 0.95 of 4 clients is everybody; allowed: 0, or a share of"),
+        (["newcomers.share=0.1"], "0.1 of 4 clients is nobody; allowed: 0, or a share that is 1 to 3"),
+        (["newcomers.share=0.95"], "0.95 of 4 clients is everybody; allowed: 0, or a share that is 1"),
         (["newcomers.share=1.0"], "newcomers.share = 1.0: input should be less than 1"),
         ([SHARE, "method.name=folklora", "secure.kind=ckks"], 'newcomers.share = 0.25 with secure.kind = "ckks"'),
         ([SHARE, "engine.min_clients=4"], "engine.min_clients = 4, of 3 clients 3 are sampled a round"),

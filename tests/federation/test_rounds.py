@@ -36,7 +36,9 @@ def loop(*overrides: str, clients: Sequence[str] = tuple("0123456789")) -> Round
     """A round loop that only answers who takes part."""
     recipe = Recipe.parse({"data": {"clients": len(clients)}}, overrides)
     data, task = SimpleNamespace(later={}), SimpleNamespace(metric=ACCURACY)
-    setup: Any = SimpleNamespace(recipe=recipe, method=None, task=task, data=data, newcomers=())
+    setup: Any = SimpleNamespace(
+        recipe=recipe, method=None, task=task, data=data, newcomers=(), method_of=lambda _: None
+    )
     return Rounds(setup, None, None, clients, Silent())  # type: ignore[arg-type]
 
 

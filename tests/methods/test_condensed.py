@@ -284,11 +284,30 @@ def test_counts_that_cannot_be_are_refused(federation: Federations, counts: Sequ
 @pytest.mark.parametrize("name", CONDENSED)
 def test_who_said_no_counts_is_not_read_and_harms_nobody(federation: Federations, name: str) -> None:
     fed = federation(name).begin(missing=["bob"])
-    assert fed.method.expected(1, fed.state, "bob") == {}
+    with pytest.raises(MessageError, match="never said how many examples of each class"):  # an empty message too
+        fed.method.expected(1, fed.state, "bob")
     fed.step(1, ["ann", "cid"])
     fed.deliver()
     with pytest.raises(MethodError, match="no client said how many"):
         federation(name).begin(missing=["ann", "bob", "cid"])
+
+
+@pytest.mark.parametrize("name", CONDENSED)
+def test_examples_of_other_classes_than_were_counted_are_refused(federation: Federations, name: str) -> None:
+    """Data that changed may make an upload of the same shape, which would be read under other labels."""
+    fed = federation(name, {"ipc": 2}).begin()
+    data = fed.clients["ann"].data
+    features = data.train[0][:12]
+    counted, now = ((torch.arange(12) % 2) * 2 + shift for shift in (0, 1))
+    data.train = features, counted
+    fed.state = fed.method.refresh(1, fed.state, {"ann": fed.method.sketch(fed.clients["ann"])})
+    message = fed.messages(1, ["ann"])["ann"]
+    fed.method.check_update(1, fed.state, "ann", message)
+    data.train = features, now
+    message = fed.messages(1, ["ann"])["ann"]
+    assert {n: tuple(t.shape) for n, t in message.tensors.items()} == fed.method.expected(1, fed.state, "ann")
+    with pytest.raises(MessageError, match="index/labels are not those of the classes that it counted"):
+        fed.method.check_update(1, fed.state, "ann", message)
 
 
 def test_counts_are_asked_for_again_where_that_is_wanted(federation: Federations) -> None:
@@ -296,7 +315,7 @@ def test_counts_are_asked_for_again_where_that_is_wanted(federation: Federations
     assert [fed.method.refreshes(round) for round in (1, 2, 3, 4, 5)] == [False, False, True, False, True]
     said = Message({"counts/train": torch.tensor([0, 0, 5, 0], dtype=torch.int32)})
     state = fed.method.refresh(3, fed.state, {"bob": said})
-    assert fed.method.expected(3, state, "bob") == {"condensed/inputs": (5, 6)}
+    assert fed.method.expected(3, state, "bob") == {"condensed/inputs": (5, 6), "index/labels": (5,)}
     assert fed.method.expected(3, state, "ann") == fed.method.expected(3, fed.state, "ann")
     assert not federation("feddm").method.refreshes(3)
 

@@ -17,6 +17,7 @@ from folklora.federation.codec import check, decode, encode
 from folklora.methods import METHODS, build, check_options
 from folklora.methods.contract import Message
 from folklora.methods.discriminant import linear_discriminant
+from folklora.report.vocabulary import TELLS, WORDS
 
 HEAD, NORM = {"head/weight", "head/bias"}, {"norm/ln.weight", "norm/ln.bias"}
 # method -> (kinds that train, kinds that travel) in an odd and in an even round, by its own defaults; from the papers.
@@ -44,8 +45,8 @@ TABLE: dict[str, list[tuple[str, str]]] = {
     "hafl": [("A B head norm", "A B head norm index")] * 2,
     "haflq": [("A B head norm", "A B head norm index")] * 2,
     "fedamole": [("A B T head norm", "A B T head norm token embedding")] * 2,
-    "feddm": [("", "condensed")] * 2,
-    "fedaf": [("", "condensed logits soft")] * 2,
+    "feddm": [("", "condensed labels")] * 2,
+    "fedaf": [("", "condensed labels logits soft")] * 2,
     "celora": [("A B C head norm", "C")] * 2,
     "folklora": [("C head norm", "C")] * 2,
 }
@@ -55,7 +56,7 @@ MIXED = {"local", "sketch", "celora", "folklora", "flora", "zeropad", "replicati
 GLOBAL = {"fedit", "ffa", "rolora", "fedawa", "lorafair", "flora", "fedex", "federa", "loraxs", "fedsb", "ravan"}
 # What they send is data: no model goes up, and what comes down is the server's own.
 CONDENSED = {"feddm", "fedaf"}
-DATA = {"condensed": "condensed/inputs", "logits": "logits/mean", "soft": "soft/mean"}
+DATA = {"condensed": "condensed/inputs", "logits": "logits/mean", "soft": "soft/mean", "labels": "index/labels"}
 WITH_A_HEAD = {"sketch", *CONDENSED}
 GLOBAL |= {"ditto", "apfl", "zeropad", "replication", "hetlora", "hafl", "haflq"}
 # What comes back as something else than the mean by examples: weights are learned; a mean is corrected; stacks.
@@ -714,3 +715,15 @@ def test_rolora_starts_with_b(federation: Callable[..., Any]) -> None:
     trained = [next(iter(fed.method.trained(round) & {"A", "B"})) for round in (1, 2, 3, 4)]
     assert trained[0] == "B"
     assert all(one != other for one, other in pairwise(trained))
+
+
+@pytest.mark.parametrize("options", [{}, {"experts": "cores"}], ids=str)
+@everyone
+def test_an_audit_has_words_for_whatever_is_sent(
+    context: Callable[..., Any], name: str, options: dict[str, Any]
+) -> None:
+    if not set(options) <= set(METHODS[name].options_type.model_fields):
+        options = {}
+    method = build(name, options, context())
+    kinds = {each.split("/")[0] for round in (1, 2) for each in method.expected(round, {}, "ann")}
+    assert kinds <= WORDS.keys() & TELLS.keys()

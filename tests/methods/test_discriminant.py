@@ -83,6 +83,15 @@ def test_noisy_counts_below_one_keep_unseen_classes_last() -> None:
     assert bias.argsort().tolist() == [2, 0, 1]
 
 
+def test_who_says_that_it_has_very_many_examples_stops_nobody() -> None:
+    """Shrinkage is next to nothing with so many, and the covariance of the few that there are is singular."""
+    honest = statistics(*examples(6, 12, 3, 0), 3)
+    weight, bias = linear_discriminant(ClassStatistics(honest.counts * 1e15, honest.means, honest.scatter))
+    assert bool(weight.isfinite().all() and bias.isfinite().all())
+    with pytest.raises(MethodError, match="singular"):  # as chosen, or not at all
+        linear_discriminant(honest, 0.0)
+
+
 def test_degenerate_statistics() -> None:
     empty = ClassStatistics.of(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), 2)
     assert all(not t.any() for t in linear_discriminant(empty))

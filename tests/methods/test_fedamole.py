@@ -221,6 +221,19 @@ def test_the_forecast_of_all_clients_is_exact_on_average(federation: Federations
     assert told.down == pytest.approx(down / 15, rel=2e-3)
 
 
+@kinds
+@pytest.mark.parametrize("options", [{}, {"max_experts": 16}, {"domain_experts": 4}])
+def test_newcomers_have_the_adapter_of_those_who_play(
+    context: Callable[..., Any], experts: str, options: dict[str, Any]
+) -> None:
+    """What they are scored with is plugged in as the others' is: as wide, and at the same scale."""
+    both = {**options, "experts": experts}
+    playing = build("fedamole", both, context((RANK,) * 2, newcomers=True))
+    joining = build("fedamole", both, context(FIVE, newcomers=True, rounds=0))
+    assert joining.adapter == playing.adapter
+    assert joining.rank({}, "eve") == playing.rank({}, "ann")
+
+
 # -- what cannot be --------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +248,13 @@ def test_the_forecast_of_all_clients_is_exact_on_average(federation: Federations
 def test_infeasible_settings_are_refused(context: Callable[..., Any], options: dict[str, Any], said: str) -> None:
     with pytest.raises(MethodError, match=said):
         build("fedamole", options, context(FIVE))
+
+
+def test_private_examples_choose_no_experts(tiny_recipe: Callable[..., Any]) -> None:
+    private = ("method.name=fedamole", "privacy.unit=example", "privacy.noise=1")
+    with pytest.raises(RecipeError, match=r'assignment = "selected".*allowed: .*"static" or "random"'):
+        prepare(tiny_recipe(*private))
+    assert prepare(tiny_recipe(*private, "method.assignment=static")).method.name == "fedamole"
 
 
 def test_infeasible_settings_are_refused_before_anything_runs(tiny_recipe: Callable[..., Any]) -> None:

@@ -14,6 +14,7 @@ from folklora.data.statistics import ClassStatistics
 from folklora.methods.contract import Message
 from folklora.methods.discriminant import linear_discriminant
 from folklora.methods.heads import ABSENT
+from folklora.methods.renewal import Renewal
 
 SKETCHED = {"head": "sketched", "head_start": "sketched", "refresh": 1}
 
@@ -55,8 +56,30 @@ def test_rows_of_new_classes_are_those_of_everybodys_statistics_of_now(changed: 
     pooled = ClassStatistics.merge([ClassStatistics.of(*c.data.features("train"), 4) for c in fed.clients.values()])
     weight, bias = linear_discriminant(pooled)
     for name, start in (("head/weight", weight), ("head/bias", bias)):
-        torch.testing.assert_close(ann.tensors[name][2:], start[2:], rtol=1e-3, atol=1e-3)
+        above = [each[2:] - each[:2].mean(0) for each in (ann.tensors[name], start)]
+        torch.testing.assert_close(*above, rtol=1e-3, atol=1e-3)
         assert torch.equal(ann.tensors[name][:2], before[name][:2])
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3], [2, 3], [0, 2]])
+def test_new_rows_lie_at_the_level_of_the_head_they_join(labels: list[int]) -> None:
+    """Logits mean nothing but their differences: what is added to all rows of either head must not matter. Features far
+    from the origin make two discriminants differ by just that, and by much."""
+    random = torch.Generator().manual_seed(0)
+    start, kept, common = (torch.randn(4, 7, generator=random) for _ in range(3))
+    new, x = torch.tensor([2, 3]), torch.randn(5, 6, generator=random)
+
+    def answers(start: Tensor, kept: Tensor) -> Tensor:
+        renewal = Renewal(start[:, :6], start[:, 6], new)
+        head = renewal.with_rows({"head/weight": kept[:, :6], "head/bias": kept[:, 6]}, torch.tensor(labels))
+        return (x @ head["head/weight"].T + head["head/bias"]).log_softmax(1)
+
+    plain, far = answers(start, kept), 100 * common[:1]
+    torch.testing.assert_close(answers(start + far, kept), plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(answers(start, kept + far), plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        answers(start, start + far), (x @ start[:, :6].T + start[:, 6]).log_softmax(1), atol=1e-3, rtol=1e-3
+    )
 
 
 def test_only_who_has_new_classes_is_told_and_only_until_it_took_part(changed: Callable[..., Any]) -> None:

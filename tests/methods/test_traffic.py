@@ -36,7 +36,7 @@ FORMULAS: dict[str, Callable[[int, int, int], float]] = {
     "hafl": lambda d_in, d_out, r: r * (d_in + d_out) + r,  # and which pairs
     # The shared expert and six others, W_t, and the embeddings of tokens and of the six.
     "fedamole": lambda d_in, d_out, r: 7 * r * (d_in + d_out) + r * d_in + r + 6 * r,
-    "feddm": lambda d_in, d_out, r: 2 * 10 * d_in,  # a feature is as wide as the layer here: two classes of ten
+    "feddm": lambda d_in, d_out, r: 0,  # what it sends is data, and of no layer
     "celora": lambda d_in, d_out, r: r * r,
     "folklora": lambda d_in, d_out, r: r * r,
 }
@@ -95,8 +95,8 @@ def test_what_is_said_in_words() -> None:
         "hafl": ["A", "B", "head", "index"],
         "haflq": ["A", "B", "head", "index"],
         "fedamole": ["A", "B", "T", "embedding", "head", "token"],
-        "feddm": ["condensed"],
-        "fedaf": ["condensed", "logits", "soft"],
+        "feddm": ["condensed", "index"],
+        "fedaf": ["condensed", "index", "logits", "soft"],
         "celora": ["C"],
         "folklora": ["C"],
     }

@@ -27,6 +27,11 @@ def refuse_unsound(recipe: Recipe, method: Method) -> None:
     _refuse_leaks(recipe, method)
     _refuse_misplaced_noise(recipe, method)
     _refuse_rule(recipe, method)
+    if recipe.poison.kind == "backdoor" and method.condenses:
+        raise RecipeError(
+            f'poison.kind = "backdoor" with method.name = "{method.name}", whose clients train nothing: liars would '
+            'train on its trigger; allowed: "labels", "sign", "noise"'
+        )
 
 
 def _refuse_leaks(recipe: Recipe, method: Method) -> None:

@@ -129,8 +129,10 @@ def play(
         rounds = Rounds(setup, directory, engine, list(setup.data.splits), told, examples)
         summary = rounds.play()
         joined = summary["newcomers"]["clients"] if setup.newcomers else {}
+        assert rounds.checkpoint is not None  # it was played
+        now = partial(setup.sizes, round=rounds.checkpoint.round + 1)  # a run may end before its data change
         for client, result in (*summary["clients"].items(), *joined.items()):
-            result["examples"] = (examples or partial(setup.sizes, round=setup.method.rounds()))(client)
+            result["examples"] = (examples or now)(client)
         if harm is not None:
             summary["poison"] = harm(rounds.replies(rounds.clients), summary["clients"])
         summary["environment"] = environment(setup)

@@ -164,8 +164,7 @@ def joining_late(recipe: Recipe, clients: Sequence[str]) -> tuple[str, ...]:
         return ()
     found = newcomers(share, recipe.seed, clients)
     if not 0 < len(found) < len(clients):
-        least, most = 0.5 / len(clients), (len(clients) - 1) / len(clients)
-        allowed = f"a share of {least:.2g} to {most:.2g}" if len(clients) > 1 else "two clients or more"
+        allowed = f"a share that is 1 to {len(clients) - 1} of them" if len(clients) > 1 else "two clients or more"
         raise RecipeError(
             f"newcomers.share = {share:g} of {len(clients)} clients is {'everybody' if found else 'nobody'}; "
             f"allowed: 0, or {allowed}"
@@ -291,6 +290,8 @@ def federated_data(section: DataSection, seed: int, form: Form = "text") -> Fede
 def data_of(recipe: Recipe) -> FederatedData:
     """The recipe's data, and what its ``[drift]`` makes of them."""
     data = federated_data(recipe.data, recipe.seed, recipe.form)
+    if recipe.drift.kind == "none":
+        return data
     first, later = drifted(data.table, data.splits, recipe.data, recipe.drift, recipe.seed)
     return replace(data, splits=first, later=later)
 

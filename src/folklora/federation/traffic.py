@@ -152,7 +152,7 @@ def describe_methods(d_in: int, d_out: int, rank: int) -> list[dict[str, Any]]:
                 "mixed_ranks": cls.mixed_ranks,
                 "global_model": cls.has_global_model,
                 "needs_head": cls.needs_head,
-                "bytes_per_layer_up": _factor_bytes(up),
+                "bytes_per_layer_up": 0.0 if method.condenses else _factor_bytes(up),  # data are of no layer
                 "bytes_per_layer_down": _factor_bytes(down),
             }
         )

@@ -48,6 +48,10 @@ from folklora.methods.heads import choose_head
 from folklora.methods.options import Options
 from folklora.methods.work import Trained, Work
 
+MOST_FEATURE = 1e6
+"""No feature of a backbone is larger. What everybody is sent is made of everybody's statistics: one client's must not
+make it numbers that the wire cannot carry, or that others cannot compute with."""
+
 
 class Method:
     """A federated method; subclasses override what they do differently. See the module's text for the contract."""
@@ -172,7 +176,13 @@ class Method:
     def read_statistics(self, message: Message) -> ClassStatistics:
         prefix = "statistics/"
         own = {name.removeprefix(prefix): t for name, t in message.tensors.items() if name.startswith(prefix)}
-        return ClassStatistics.from_tensors(own, self.context.classes, self.context.width)
+        found = ClassStatistics.from_tensors(own, self.context.classes, self.context.width)
+        for name, value in (("means", found.means), ("scatter", found.scatter.abs().sqrt())):
+            if float(value.abs().max()) > MOST_FEATURE:
+                raise MessageError(
+                    f"tensor {prefix + name!r} is of features above {MOST_FEATURE:g}; allowed: at most that"
+                )
+        return found
 
     def welcome(self, state: State, client: str) -> Message | None:
         """One-off download; by default what the head starts from. An empty one tells a client to fit its head."""

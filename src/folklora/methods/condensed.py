@@ -4,7 +4,9 @@
   from them, and so the server knows the shapes of all uploads.
 2. Each round it gets the server's model and sends ``condensed/inputs``, made-up examples of the classes that it has, in
   the order of their labels: ``ipc`` a class, and never more than it has real ones [recon: the cap]. It trains no model.
-3. The server trains its model on the union of what arrived, and sends it back. Nothing of the union is kept.
+  ``index/labels`` beside them says what they stand for: who has other classes than it counted is refused, and not read
+  under labels that are none of its own.
+3. The server trains its model on the union of what arrived, and sends it back. Nothing of the made-up examples is kept.
 
 ``space = "features"``: an input is a pooled feature of the frozen backbone, [d], and the server trains the head
 [recon]. ``space = "embeddings"``: it is what stands behind the embedding layer, [length, d], never a pixel or a token,
@@ -37,6 +39,7 @@ from folklora.randomness import torch_generator
 
 COUNTS = "counts/train"
 INPUTS = "condensed/inputs"
+LABELS = "index/labels"
 MOST = 1e4
 """No number of an honest upload is larger: features and embeddings are of the size of one."""
 
@@ -187,7 +190,7 @@ class Condensed(Method):
         """Nothing was trained."""
 
     def shared(self, round: int) -> frozenset[str]:
-        return frozenset({"condensed"})
+        return frozenset({"condensed", "index"})
 
     def labels(self, counts: Tensor) -> Tensor:
         """[S]: what the made-up examples of a client with so many real ones stand for."""
@@ -202,12 +205,18 @@ class Condensed(Method):
         return known[place] if place < len(known) else torch.zeros_like(known[0])  # who joins late sends nothing
 
     def expected(self, round: int, state: State, client: str) -> Shapes:
-        return self.upload_shapes(self.counts(state, client))
+        counts = self.counts(state, client)
+        if not bool(counts.any()):
+            raise MessageError(
+                f"client {client!r} never said how many examples of each class it has, and nothing else of it can be "
+                "read; allowed: to say so when it is asked"
+            )
+        return self.upload_shapes(counts)
 
     def upload_shapes(self, counts: Tensor) -> Shapes:
         """Of what a client with so many examples of each class sends."""
         made = int(counts.clamp(max=self.options.ipc).sum())
-        return {INPUTS: (made, *self.input_shape)} if made else {}
+        return {INPUTS: (made, *self.input_shape), LABELS: (made,)} if made else {}
 
     def typical_upload(self, round: int, client: str, counts: Tensor | None = None) -> Message | None:
         shapes = self.upload_shapes(self.counts({}, client) if counts is None else counts)
@@ -217,6 +226,8 @@ class Condensed(Method):
         for name, tensor in message.tensors.items():
             if float(tensor.abs().max()) > MOST:
                 raise MessageError(f"{name} holds numbers beyond {MOST:g}; allowed: -{MOST:g} to {MOST:g}")
+        if not torch.equal(message.tensors[LABELS].long(), self.labels(self.counts(state, client))):
+            raise MessageError(f"{LABELS} are not those of the classes that it counted; allowed: to be counted again")
 
     def known(self, round: int, client: str, told: Tensors, message: Message) -> Tensors:
         return {}  # every round makes other examples
@@ -226,10 +237,10 @@ class Condensed(Method):
 
     def send(self, round: int, client: Client) -> Message | None:
         real = self.real(client)
+        labels = self.labels(torch.bincount(real.labels, minlength=self.context.classes))
         drawn = torch_generator(self.context.seed, "condense", client.id, round)
-        return Message(
-            {INPUTS: self.condensed(client, real, drawn), **self.beside(client, real)}, {"examples": client.examples}
-        )
+        made = {INPUTS: self.condensed(client, real, labels, drawn), LABELS: labels.int()}
+        return Message({**made, **self.beside(client, real)}, {"examples": client.examples})
 
     def real(self, client: Client) -> Examples:
         """The client's training examples as inputs."""
@@ -238,9 +249,8 @@ class Condensed(Method):
         features, labels = client.data.features("train")
         return Examples(features, torch.ones_like(labels), labels)
 
-    def condensed(self, client: Client, real: Examples, generator: torch.Generator) -> Tensor:
-        """[S, ...]: this round's made-up inputs."""
-        labels = self.labels(torch.bincount(real.labels, minlength=self.context.classes))
+    def condensed(self, client: Client, real: Examples, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """[S, ...]: this round's made-up inputs, of these labels."""
         start = self.start(client, real, len(labels), generator)
         return condense(
             start,

@@ -32,7 +32,7 @@ def linear_discriminant(statistics: ClassStatistics, shrinkage: float | None = N
         Counts, means and covariance, see :class:`~folklora.data.statistics.ClassStatistics`.
     shrinkage
         Intensity g in [0, 1]; ``None`` is :func:`~folklora.data.statistics.oracle_approximating_shrinkage` at n = all
-        examples.
+        examples, and ten times as much until the covariance is not singular.
 
     Returns
     -------
@@ -55,12 +55,12 @@ def linear_discriminant(statistics: ClassStatistics, shrinkage: float | None = N
     counts = torch.where(unseen, 0.5 * min(1.0, float(counts[~unseen].min())), counts)
     identity = torch.eye(d, dtype=torch.float64)
     scale = float(scatter.trace()) / d
-    if scale <= 0:
-        sigma = identity
-    else:
-        g = oracle_approximating_shrinkage(scatter, n) if shrinkage is None else shrinkage
-        sigma = (1 - g) * scatter + g * scale * identity
+    g = oracle_approximating_shrinkage(scatter, n) if shrinkage is None else shrinkage
+    sigma = (1 - g) * scatter + g * scale * identity if scale > 0 else identity
     factor, failed = torch.linalg.cholesky_ex(sigma)
+    while failed and shrinkage is None and g < 1:  # whoever says that it has very many examples, which is its own word
+        g = min(1.0, max(10 * g, 1e-12))
+        factor, failed = torch.linalg.cholesky_ex((1 - g) * scatter + g * scale * identity)
     if failed:
         raise MethodError(f"the covariance of the features is singular at shrinkage = {shrinkage}: choose more")
     weight = torch.cholesky_solve(means.T, factor).T

@@ -105,7 +105,7 @@ class FedAMoLE(Method):
             False,
             context.alpha,
             context.dropout,
-            slots=min(own.max_experts, self.count),
+            slots=self._slots(),
             top=own.top_k,
             balance=own.balance,
         )
@@ -116,6 +116,13 @@ class FedAMoLE(Method):
         each = min(max(HELD, own.min_experts), own.max_experts)
         count = each * clients // self.holders
         return max(1, count if count * self.holders >= own.min_experts * clients else count + 1)
+
+    def _slots(self) -> int:
+        """Of each client. Newcomers have the adapter of those who play, and do not know how many experts there are
+        where that follows from how many play."""
+        own = self.options
+        unknown = self.context.newcomers and own.domain_experts is None
+        return own.max_experts if unknown else min(own.max_experts, self.count)
 
     @property
     def expert_rank(self) -> int:
@@ -225,6 +232,12 @@ class FedAMoLE(Method):
     def repays(self, name: str) -> bool:
         """Not of experts: in the next round their places may be others'."""
         return kind(name) not in self.adapter.expert_kinds or self.options.assignment == "static"
+
+    @property
+    def beside_training(self) -> tuple[str, str] | None:
+        if self.options.assignment == "selected":
+            return 'assignment = "selected"', 'assignment = "static" or "random"'
+        return super().beside_training
 
     # -- at the server -------------------------------------------------------------------------------------------
 

@@ -17,3 +17,7 @@ class FedSALoRA(Method):
     paper = "arXiv:2410.01463"
     travels = frozenset({"A"})
     combines = frozenset({"proximal", "scaffold", "fedopt"})
+
+    @property
+    def newcomer_lacks(self) -> str | None:
+        return super().newcomer_lacks or "up factors: those of the others stay home, and its own start at zero"

@@ -16,7 +16,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
-from folklora.methods.celora import CELoRA, CELoRAOptions
+from folklora.methods.celora import CELoRA
+from folklora.methods.celora_options import CELoRAOptions
 
 
 class FolkLoRAOptions(CELoRAOptions):

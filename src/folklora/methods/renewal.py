@@ -5,6 +5,9 @@ started so that none can (`folklora.methods.heads`). Where clients are asked for
 who has new classes, and sends those clients the discriminant of everybody's statistics of now. A head that started
 sketched takes the rows of its new classes from it; one that was chosen on validation is chosen again, among all it
 could be chosen from at first, itself as it is, and itself with the new rows.
+
+Only differences of a head's logits mean anything, so rows of two heads may lie at different levels. New rows are taken
+as far above the client's other rows as they are in the discriminant.
 """
 
 from __future__ import annotations
@@ -51,11 +54,22 @@ class Renewal:
             class_ids({"classes": tensors[NEW]}, classes),
         )
 
-    def with_rows(self, head: Tensors, scale: float = 1.0) -> Tensors:
-        """A head whose rows of new classes are the discriminant's."""
-        weight, bias = head["head/weight"].clone(), head["head/bias"].clone()
-        weight[self.new], bias[self.new] = scale * self.weight[self.new], scale * self.bias[self.new]
-        return {"head/weight": weight, "head/bias": bias}
+    def with_rows(self, head: Tensors, labels: Tensor, scale: float = 1.0) -> Tensors:
+        """A head whose rows of new classes are the discriminant's, at the level of those of the client's other classes.
+
+        ``labels`` are the client's. Where it has none of other classes, the level is that of all that are not new.
+        """
+        found: Tensors = {}
+        others = torch.ones(len(self.weight), dtype=torch.bool)
+        others[self.new] = False
+        own = torch.zeros_like(others)
+        own[labels] = True
+        level = own & others if bool((own & others).any()) else others
+        for name, rows in (("head/weight", scale * self.weight), ("head/bias", scale * self.bias)):
+            found[name] = head[name].clone()
+            shift = (head[name] - rows)[level].mean(0) if bool(level.any()) else 0.0
+            found[name][self.new] = rows[self.new] + shift
+        return found
 
     def head(self, client: Client, context: Context, *, chosen: bool, epochs: int) -> Tensors:
         """The client's head from now on.
@@ -68,13 +82,15 @@ class Renewal:
             As many as the run has.
         """
         kept = {name: client.tensors[name] for name in ("head/weight", "head/bias")}
+        train = client.data.features("train")
         if not chosen:
-            return self.with_rows(kept)
-        heads = {"kept": kept} | {f"kept, new rows x {scale:g}": self.with_rows(kept, scale) for scale in SCALES}
+            return self.with_rows(kept, train[1])
+        heads = {"kept": kept}
+        heads |= {f"kept, new rows x {scale:g}": self.with_rows(kept, train[1], scale) for scale in SCALES}
         return choose_head(
             self.weight,
             self.bias,
-            client.data.features("train"),
+            train,
             client.data.features("validation"),
             steps_lr=context.learning_rate,
             batch_size=context.batch_size,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from folklora.federation.run import run
+from folklora.federation.rundir import RunDirectory
 from folklora.privacy.attacks.condensed import nearest_tokens
 from folklora.privacy.attacks.label_distribution import from_sketch
 from folklora.privacy.attacks.replica import Replica
@@ -53,6 +56,17 @@ def test_real_tokens_are_their_own_nearest(tiny_recipe: Callable[..., Any]) -> N
     texts, cosine = nearest_tokens(replica, replica.vectors[tokens])
     assert texts.tokens == tokens.tolist()
     assert cosine == pytest.approx(1, abs=1e-5)
+
+
+def test_who_sends_nothing_that_is_read_is_named(tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = tiny_recipe(*BRIEF, "method.steps=2", "faults.corrupt=0.4")
+    run(recipe, tmp_path / "run")
+    directory = RunDirectory(tmp_path / "run")
+    silent = list(directory.metrics()[0]["failed"])
+    assert silent
+    document = attack(directory.path, Plan("condensed", victims=4, warmup=0))
+    for client in silent:
+        assert f"client {client}: it, or the control, sent nothing that is read" in document["notes"]
 
 
 def test_who_condenses_nothing_is_told(tiny_recipe: Callable[..., Any]) -> None:

@@ -101,7 +101,7 @@ def test_a_language_model(chat_recipe: Callable[..., Any]) -> None:
     assert recall - control > 0.2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.condenses])
 def test_every_method_is_attacked_or_refused(tiny_recipe: Callable[..., Any], method: str) -> None:
     found = attack(tiny_recipe(f"method.name={method}"), Plan("tag", budget=2, victims=1))
     assert {"token_recall", "rouge_l"} <= found["metrics"].keys()

@@ -31,7 +31,7 @@ def packed(statistics: ClassStatistics) -> dict[str, Tensor]:
     """
     rows, columns = torch.triu_indices(*statistics.scatter.shape)
     return {
-        f"{PREFIX}counts": statistics.counts.round().int(),
+        f"{PREFIX}counts": statistics.counts.round().clamp(max=2**31 - 1).int(),
         f"{PREFIX}means": statistics.means.float(),
         f"{PREFIX}scatter": statistics.scatter[rows, columns].float(),
     }

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from folklora.adapters.lowrank import Tensors
+from folklora.errors import MessageError
 from folklora.federation.intake import intake_of
 from folklora.methods.condensation import class_means
 from folklora.methods.condensed import INPUTS, Condensed
@@ -71,7 +72,7 @@ class CondensedInversion(Inference):
             another = str(draw.choice([each for each in others if each != client] or others))
             own, control = (upload_of(stage, each) for each in (client, another))
             if own is None or control is None:
-                findings.notes.append(f"client {client}: it, or the control, sent nothing")
+                findings.notes.append(f"client {client}: it, or the control, sent nothing that is read")
                 continue
             findings.sent = {name: list(tensor.shape) for name, tensor in own.tensors.items()}
             findings.bytes = own.bytes
@@ -109,7 +110,7 @@ class CondensedInversion(Inference):
 
 
 def upload_of(stage: Stage, client: str) -> Upload | None:
-    """What a client sends in the round after the warm state, as the server reads it."""
+    """What a client sends in the round after the warm state, as the server reads it; None if it reads nothing."""
     warm, setup, method = stage.warm, stage.warm.setup, stage.warm.setup.method
     assert isinstance(method, Condensed)
     engine, number = Alone(setup, client), warm.round + 1
@@ -123,7 +124,10 @@ def upload_of(stage: Stage, client: str) -> Upload | None:
     if upload.failure is not None or upload.data is None:
         return None
     said = (method.welcome(warm.state, client), method.reply(warm.state, client) if number > 1 else None)
-    message = intake.read(number, warm.state, client, upload.data, said)
+    try:
+        message = intake.read(number, warm.state, client, upload.data, said)
+    except MessageError:
+        return None
     counts = method.counts(warm.state, client)
     return Upload(dict(message.tensors), method.labels(counts), counts, len(upload.data))
 

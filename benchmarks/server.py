@@ -30,8 +30,8 @@ from torch import Tensor
 
 from folklora.data.mixtures import ClassMixtures
 from folklora.data.statistics import ClassStatistics
-from folklora.methods.celora import WHOLE
 from folklora.methods.cka import gram_rows
+from folklora.methods.data_similarity import WHOLE
 from folklora.methods.embedding import LinearTransport, SlicedTransport, typical_distance
 from folklora.methods.mixing import Embedded, Mixing
 from folklora.methods.transport import data_distances, similarity

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from folklora.errors import MethodError, RecipeError
 from folklora.federation.codec import check, encode
 from folklora.federation.traffic import describe_methods, forecast
-from folklora.methods import METHODS, build, celora
+from folklora.methods import METHODS, build, data_similarity
 from folklora.methods.work import Trained
 from folklora.randomness import torch_generator
 from folklora.sections import MessageSection
@@ -282,7 +282,7 @@ def test_similarity_of_data_without_labels_is_that_of_gaussians(
 
 
 def test_beyond_what_is_held_whole_it_is_nearly_that(federation: Federations, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(celora, "WHOLE", 2)
+    monkeypatch.setattr(data_similarity, "WHOLE", 2)
     fed = federation("celora", {"similarity": "data", "components": 0}, (3,) * 5, headless=True).begin()
     points, scale = fed.state["similarity/points"], fed.state["similarity/scale"]
     assert bool(fed.state["similarity/placed"].all())

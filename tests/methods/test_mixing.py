@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from folklora.data.mixtures import ClassMixtures
-from folklora.methods import celora
+from folklora.methods import data_similarity
 from folklora.methods.cka import gram_rows, linear_cka
 from folklora.methods.embedding import LinearTransport, typical_distance
 from folklora.methods.mixing import Embedded, Mixing, blocks
-from folklora.randomness import derive
+from folklora.randomness import derive, torch_generator
 
 ALPHA = 6.0  # of the federation in conftest
 
@@ -145,7 +145,7 @@ def test_blocks_cover_once() -> None:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two clients are many."""
-    monkeypatch.setattr(celora, "WHOLE", 2)
+    monkeypatch.setattr(data_similarity, "WHOLE", 2)
 
 
 def cores_of(messages: dict[str, Any], most: int) -> np.ndarray:
@@ -173,7 +173,7 @@ def test_many_clients_are_mixed_by_their_points(federation: Callable[..., Any], 
     }
     # As they are read from a message: float32.
     fits = {name: ClassMixtures.from_tensors(fit.to_tensors(), 4, 6, 3) for name, fit in fits.items()}
-    order = torch.randperm(4, generator=celora.torch_generator(0, "embedding/sample"))
+    order = torch.randperm(4, generator=torch_generator(0, "embedding/sample"))
     sample = [list(fits.values())[i] for i in order]
     points = np.zeros((5, 3))
     there = np.array([True, True, False, True, True])
@@ -238,7 +238,7 @@ def test_other_mixes_of_many_clients_are_those_of_few(
 ) -> None:
     whole = federation("celora", {**options, "lambda": 0.0}, ranks=(3,) * 5).begin()
     whole.step(1)
-    monkeypatch.setattr(celora, "WHOLE", 2)
+    monkeypatch.setattr(data_similarity, "WHOLE", 2)
     many = federation("celora", {**options, "lambda": 0.0}, ranks=(3,) * 5).begin()
     many.step(1)
     for client in whole.clients:

@@ -12,7 +12,7 @@ import torch
 
 from folklora.data.mixtures import ClassMixtures
 from folklora.data.statistics import ClassStatistics
-from folklora.methods import build, celora
+from folklora.methods import build, data_similarity
 from folklora.methods.contract import Client, Context, Message
 from folklora.methods.discriminant import linear_discriminant
 from folklora.methods.embedding import LinearTransport
@@ -130,7 +130,7 @@ def test_it_gets_the_last_cores_of_the_others_by_its_data(
 def test_beyond_a_thousand_it_is_placed_among_the_points_of_the_others(
     begun: Callable[..., Begun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(celora, "WHOLE", 2)
+    monkeypatch.setattr(data_similarity, "WHOLE", 2)
     each = begun("celora", {**FROZEN, "similarity": "data"})
     each.fed.begin()
     told = each.fed.step(1)

@@ -39,7 +39,7 @@ from folklora.adapters.lowrank import Tensors, gaussian, kind, orthonormal
 from folklora.methods.aggregation import weighted_mean
 from folklora.methods.cka import gram_rows
 from folklora.methods.contract import Client, Message, State
-from folklora.methods.data_similarity import WHOLE, DataSimilarity
+from folklora.methods.data_similarity import DataSimilarity, held_whole
 from folklora.methods.mixing import Embedded, Mixing
 from folklora.methods.renewal import TAKEN, Renewal, renewals
 
@@ -120,7 +120,7 @@ class CELoRA(DataSimilarity):
     def _shown(self, state: State, messages: Mapping[str, Message], mixing: Mixing | None) -> State:
         """Pictures want N x N; clients that were absent keep the row they had."""
         count = len(self.context.clients)
-        if count > WHOLE:
+        if not held_whole(count):
             return {}
         matrices: State = {}
         if mixing is not None:
@@ -154,7 +154,7 @@ class CELoRA(DataSimilarity):
     def _scaled_cores(self, messages: Mapping[str, Message]) -> Tensor:
         """``s_k C_k`` of all layers, zero-padded to the largest rank of all clients: [K, L, r, r]."""
         most = max(self.context.ranks.values())
-        dtype = torch.float64 if len(messages) <= WHOLE else torch.float32
+        dtype = torch.float64 if held_whole(len(messages)) else torch.float32
         cores = torch.zeros(len(messages), len(self.context.sites), most, most, dtype=dtype)
         for row, (client, message) in zip(cores, messages.items(), strict=True):
             rank = self.context.ranks[client]
@@ -204,7 +204,7 @@ class CELoRA(DataSimilarity):
         """As in the base class; None for similarity among more than a thousand clients, whose matrix nobody holds."""
         if self.options.similarity in {"uniform", "size"}:
             return self._weights(messages, None)
-        if len(messages) > WHOLE:
+        if not held_whole(len(messages)):
             return None
         return self._weights(messages, self._mixing(state, messages, self._scaled_cores(messages)))
 
@@ -227,7 +227,7 @@ class CELoRA(DataSimilarity):
         unread = dict.fromkeys(clients, Message())
         if self.options.common_core:
             return weights if self.options.similarity == "size" else self._shares(unread)
-        dtype = torch.float64 if len(clients) <= WHOLE else torch.float32
+        dtype = torch.float64 if held_whole(len(clients)) else torch.float32
         mixing = self._mixing(state, unread, torch.empty(len(clients), len(self.context.sites), 0, 0, dtype=dtype))
         return self._weights(unread, mixing)
 

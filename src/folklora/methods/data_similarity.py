@@ -37,6 +37,11 @@ _SAMPLE = 2048
 """Clients that the embedding is fitted to; and as many are embedded at once."""
 
 
+def held_whole(clients: int) -> bool:
+    """Whether so many are compared exactly, and everything N x N of them is kept."""
+    return clients <= WHOLE
+
+
 class DataSimilarity(Method):
     """See the module's text; what follows from being alike is a subclass's affair."""
 
@@ -56,7 +61,7 @@ class DataSimilarity(Method):
                 f"method.refresh = {self.options.refresh}, and no sketch is sent; allowed: 0, or options that need "
                 'one: similarity = "data" or "both", a head that starts sketched'
             )
-        if self.options.refresh and len(context.clients) > WHOLE:
+        if self.options.refresh and not held_whole(len(context.clients)):
             raise MethodError(
                 f"method.refresh = {self.options.refresh} with {len(context.clients)} clients, whose sketches the "
                 f"server would have to keep; allowed: 0, or at most {WHOLE} clients"
@@ -160,11 +165,11 @@ class DataSimilarity(Method):
     def begin(self, sketches: Mapping[str, Message]) -> State:
         state = super().begin(sketches)
         if self.options.uses_data:
-            if len(self.context.clients) <= WHOLE:
+            if held_whole(len(self.context.clients)):
                 state |= self._data_similarity(sketches)
             else:
                 state |= self._embedding(sketches)
-        compared = self._mixes_for_newcomers and self.options.uses_data and len(self.context.clients) <= WHOLE
+        compared = self._mixes_for_newcomers and self.options.uses_data and held_whole(len(self.context.clients))
         if self.options.refresh or compared:
             state |= {f"sketch/{c}/{name}": t for c, sent in sketches.items() for name, t in sent.tensors.items()}
         return state

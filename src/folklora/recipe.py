@@ -24,7 +24,9 @@ from folklora.errors import RecipeError
 from folklora.sections import (
     EMBEDDED_NAMES,
     AdapterSection,
+    AuditSection,
     DataSection,
+    DepthSection,
     DriftSection,
     EngineSection,
     EvalSection,
@@ -64,6 +66,8 @@ class Recipe(Section):
     faults: FaultsSection = FaultsSection()
     newcomers: NewcomersSection = NewcomersSection()
     drift: DriftSection = DriftSection()
+    depth: DepthSection = DepthSection()
+    audit: AuditSection = AuditSection()
     track: TrackSection = TrackSection()
 
     @model_validator(mode="before")

@@ -321,6 +321,38 @@ class DriftSection(Section):
     share: float = Field(1.0, gt=0, le=1, description="of the clients; who they are follows from the seed")
 
 
+Steps = Annotated[int, Field(ge=1, le=1000)]
+
+
+class DepthSection(Section):
+    """How often a backbone with one shared block applies it (ALBERT and its kin)."""
+
+    steps: Steps | Literal["full", "auto"] = Field(
+        "full", description="of validation, test and serving; auto: each client's own choice, when all rounds are over"
+    )
+    train: tuple[Steps, ...] = Field((), description="each minibatch draws one of these; default: always `steps`")
+    device_steps: tuple[Steps, ...] = Field(
+        (), description="the most steps of a class of devices, in place of steps; clients are dealt by the seed"
+    )
+    device_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (), description="of the clients in each class; default: equal shares"
+    )
+    tolerance: float = Field(0.01, ge=0, le=1, description="auto: what the validation score may lose by fewer steps")
+
+    @field_validator("train", "device_steps", "device_shares", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class AuditSection(Section):
+    """What a client's audit of its own data is used for."""
+
+    weights: Literal["none", "duplicates", "regularity", "both"] = Field(
+        "none", description="what makes an example count less in an average"
+    )
+
+
 class TrackSection(Section):
     """Optional experiment trackers beside the run directory."""
 

@@ -1,0 +1,5 @@
+"""`python -m folklora.cli`."""
+
+from folklora.cli import main
+
+main()

@@ -93,7 +93,7 @@ def gallery() -> Figure | None:
         lines.append((variant, [p for v in victims for p in v["recovered"]][:SHOWN]))
     lines.append(("control", [p for v in next(iter(first.values()))["victims"] for p in v["control"]][:SHOWN]))
     with drawing("light"):
-        figure = canvas(0.6 + 1.1 * len(lines[0][1]), 1.1 * len(lines))
+        figure = canvas(0.8 + 1.1 * len(lines[0][1]), 1.1 * len(lines))
         axes = figure.subplots(len(lines[0][1]), len(lines), squeeze=False)
         for column, (name, pictures) in enumerate(lines):
             for line, picture in enumerate(pictures):
@@ -104,7 +104,7 @@ def gallery() -> Figure | None:
             axes[0, column].set_title(name, fontsize=9)
         for ax in axes.flat:
             ax.axis("off")
-        headline(figure, f"What a message gives away of a picture ({GRANTED[WORST]})")
+        headline(figure, f"What a message gives away of a picture\n({GRANTED[WORST]})")
         return figure
 
 

@@ -118,6 +118,7 @@ def test_newcomers_get_the_server_s_model(tiny_recipe: Callable[..., Any], play:
         (["privacy.unit=client", "privacy.noise=1"], "class counts, sent once: it would leave clients without noise"),
         (["secure.kind=masks"], "takes more of uploads than their mean"),
         (["secure.kind=ckks"], "method.name ="),
+        (["message.top_k=0.5"], "message.top_k = 0.5 with method.name"),
         (["robust.rule=median"], "whose clients send data: there is no update to judge"),
         (["robust.rule=clip"], "whose clients send data: there is no update to judge"),
         (["poison.kind=backdoor", "poison.share=0.25"], 'poison.kind = "backdoor" with method.name ='),

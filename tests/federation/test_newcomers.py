@@ -101,6 +101,26 @@ def test_a_newcomer_of_any_method_is_told_something_or_the_summary_says_what_it_
     assert evaluate(setup.task, setup.method.adapter, [question], {newcomer: labels})[newcomer].value == score
 
 
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        (["method.name=folklora"], True),
+        (["method.name=fedit"], False),
+        (["method.name=fedsb"], False),
+        (["method.name=feddm"], False),
+        (["method.name=celora"], False),
+        (["method.name=celora", "method.basis=frozen"], True),
+        (["method.name=celora", "method.basis=frozen", "method.similarity=model"], False),
+    ],
+)
+def test_it_sends_no_sketch_of_which_nothing_is_made(
+    tiny_recipe: Callable[..., Any], tmp_path: Path, settings: list[str], asked: bool
+) -> None:
+    joined = run(tiny_recipe(*settings, "train.rounds=1", SHARE), tmp_path / "run")["newcomers"]
+    assert "failed" not in joined
+    assert (joined["bytes_up_per_client"] > 0) == asked
+
+
 def test_what_stays_home_with_the_others_is_named(tiny_recipe: Callable[..., Any]) -> None:
     """FedSA's newcomer has everybody's A between its data and a B that is zero."""
     for method, lacks in (("fedsa", "up factors"), ("fedit", None), ("ffa", None)):

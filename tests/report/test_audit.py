@@ -145,6 +145,17 @@ def test_what_left_is_what_was_counted(played: Callable[..., Path]) -> None:
     assert sum(part["down"] for part in parts) == sum(line["bytes_down"] for line in [once, *rounds])
 
 
+def test_what_newcomers_sent_is_counted_too(played: Callable[..., Path]) -> None:
+    path = played("method.name=folklora", "newcomers.share=0.25")
+    joined = json.loads((path / "summary.json").read_text())["newcomers"]
+    (sketch,) = (line for line in audit(path)["left"]["lines"] if line["kind"] == "statistics")
+    before = lines(path)[0]["bytes_up"]
+    assert joined["bytes_up_per_client"] > 0
+    assert sketch["bytes"] == before + joined["bytes_up_per_client"] * len(joined["clients"])
+    assert "newcomer" in sketch["often"]
+    assert "with those of 1 newcomer." in text_of(path / "audit.html")
+
+
 def test_a_message_of_many_kinds_is_shared_out_among_them(played: Callable[..., Path]) -> None:
     path = played("method.name=fedit")
     found = audit(path)["left"]["lines"]

@@ -94,6 +94,7 @@ class Contract(Section):
             promote=recipe.adapter.promote,
             promote_share=recipe.adapter.promote_share,
             momentum=recipe.train.momentum,
+            newcomers=recipe.newcomers.share > 0,
             network=None if self.input_width is None else partial(_Shape, self.input_width),
         )
 

@@ -18,7 +18,15 @@ from folklora.report.attacked import AttackRecord, Measured, cut
 from folklora.report.facts import Facts
 from folklora.report.figures_audit import AUDIT_PICTURES
 from folklora.report.findings import WEIGHTS, findings
-from folklora.report.inventory import MOST_CLIENTS, in_one_sentence, reported, sent, stayed, traffic
+from folklora.report.inventory import (
+    MOST_CLIENTS,
+    in_one_sentence,
+    newcomers_bytes,
+    reported,
+    sent,
+    stayed,
+    traffic,
+)
 from folklora.report.measures import measure
 from folklora.report.protections import encryption, epsilon, robustness
 from folklora.report.render import Image, draw, fill, replace_file
@@ -99,8 +107,9 @@ def document_of(facts: Facts) -> Document:
         "left": {
             "lines": [asdict(line) for line in lines],
             "reported": [asdict(line) for line in reported(facts)],
-            "up": sum(line.bytes_up for line in run.lines),
-            "down": sum(line.bytes_down for line in run.lines),
+            "up": sum(line.bytes_up for line in run.lines) + newcomers_bytes(facts)[0],
+            "down": sum(line.bytes_down for line in run.lines) + newcomers_bytes(facts)[1],
+            "newcomers": len(run.newcomers),
             "clients": [asdict(line) for line in traffic(facts)],
             "clients_not_listed": max(0, len(run.clients) - MOST_CLIENTS),
         },

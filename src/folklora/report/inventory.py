@@ -81,9 +81,18 @@ def sent(facts: Facts) -> list[Sent]:
     once = (facts.run.once.bytes_up if facts.run.once else 0) + sum(
         sum(line.refresh.bytes_up_clients.values()) for line in facts.run.rounds if line.refresh
     )
+    once += newcomers_bytes(facts)[0]
     numbers = _once_numbers(facts)
     whole = max(1, sum(numbers.values()))
     return found + [_once(facts, name, count, round(once * count / whole)) for name, count in numbers.items()]
+
+
+def newcomers_bytes(facts: Facts) -> tuple[int, int]:
+    """What clients that joined after the last round sent, and got, all together."""
+    joined, count = facts.run.joined, len(facts.run.newcomers)
+    if joined is None:
+        return 0, 0
+    return round(count * joined.bytes_up_per_client), round(count * joined.bytes_down_per_client)
 
 
 def _once_numbers(facts: Facts) -> dict[str, int]:
@@ -140,12 +149,15 @@ def _once(facts: Facts, name: str, most: int, weight: int) -> Sent:
         "gradients": _shapes([(site.d_out, site.d_in) for site in context.sites]),
     }
     noisy = name == "statistics" and facts.sketch_epsilon is not None
+    often = f"before the first round, and again after every {refresh}" if refresh else "once, before the first round"
+    if facts.run.newcomers and facts.method.asks_newcomers:
+        often += "; by a newcomer when it joins"
     return Sent(
         kind=name,
         what=f"{what}: {parts}",
         names=ONCE_NAMES[name],
         shapes=sizes[name] if facts.known else "not on record",
-        often=f"before the first round, and again after every {refresh}" if refresh else "once, before the first round",
+        often=often,
         form="with noise (differential privacy)" if noisy else "readable by the server",
         numbers=(0, most) if facts.known else None,
         bytes=weight,
@@ -217,6 +229,10 @@ def _parts(message: Frozen) -> dict[str, float]:
 def reported(facts: Facts) -> list[Reported]:
     """What clients tell beside what they send."""
     found = [Reported("how many examples each of its splits has", "once", "The size of the client's data.")]
+    if facts.recipe.audit.weights != "none":
+        what = "as how many examples it counts: fewer than it has, as an audit of its training examples says"
+        tells = "How many of its examples are copies, or how regular its texts are: one of 21 values."
+        found.append(Reported(what, "each round", tells))
     if facts.uploads:
         every = facts.recipe.train.evaluate_every
         often = "each round" if every == 1 else f"every {every} rounds"

@@ -39,7 +39,7 @@ def drift() -> str:
     note = (
         f"Accuracy, %, of the clients whose data change in round {change} of {document['rounds']}: on their validation "
         "splits in the round before it and in its own, on their test splits at the end; the others on theirs. Seed"
-        f"{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}."
+        f"{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; a row without a spread has one of them."
     )
     return markdown(header, lines, left=2) + f"\n*{note}*\n"
 

@@ -13,10 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import accuracy_tables
+import depth_tables
 import drift_tables
 import experts_tables
+import law_tables
 import newcomers_tables
 import privacy_figures
+import quality_tables
+import serving_tables
 import shots_tables
 from accuracy_tables import MAIN, Results, accuracy_results, bought_results, equal_rank, own_model
 from matplotlib.axes import Axes
@@ -239,7 +243,9 @@ def main() -> None:
     accuracy_tables.RESULTS = arguments.results
     stale = []
     others = {**privacy_figures.PICTURES, **newcomers_tables.PICTURES}
-    others |= {**drift_tables.PICTURES, **experts_tables.PICTURES, **shots_tables.PICTURES}
+    others |= {**depth_tables.PICTURES, **drift_tables.PICTURES, **experts_tables.PICTURES, **shots_tables.PICTURES}
+    others |= law_tables.PICTURES
+    others |= {**quality_tables.PICTURES, **serving_tables.PICTURES}
     for file, draw in {**pictures(accuracy_results()), **others}.items():
         figure, path = draw(), arguments.to / f"{file}.png"
         if figure is None:

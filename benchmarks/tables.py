@@ -14,11 +14,16 @@ from pathlib import Path
 
 import accuracy_tables
 import condensed_tables
+import depth_tables
 import drift_tables
+import entropy_tables
 import experts_tables
+import law_tables
 import newcomers_tables
 import poison_tables
 import privacy_tables
+import quality_tables
+import serving_tables
 import shots_tables
 import task_tables
 from accuracy_tables import load, markdown
@@ -224,12 +229,17 @@ def _seconds(seconds: float) -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     **accuracy_tables.TABLES,
     **task_tables.TABLES,
+    **depth_tables.TABLES,
     **drift_tables.TABLES,
+    **entropy_tables.TABLES,
     **experts_tables.TABLES,
     **privacy_tables.TABLES,
     **newcomers_tables.TABLES,
     **poison_tables.TABLES,
+    **serving_tables.TABLES,
     **shots_tables.TABLES,
+    **law_tables.TABLES,
+    **quality_tables.TABLES,
     **condensed_tables.TABLES,
     "privacy-attacks": ("", privacy_tables.attacks),
     "cohort": ("cohort", cohort),

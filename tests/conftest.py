@@ -80,7 +80,7 @@ def save_tokenizer(folder: Path) -> int:
 
 def tiny_config(architecture: str, vocabulary: int) -> Any:
     """A configuration of width 32 with two layers."""
-    from transformers import BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, RobertaConfig
+    from transformers import AlbertConfig, BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, RobertaConfig
 
     encoder: dict[str, Any] = {
         "vocab_size": vocabulary,
@@ -92,6 +92,8 @@ def tiny_config(architecture: str, vocabulary: int) -> Any:
         "pad_token_id": 0,
     }
     match architecture:
+        case "albert":  # one block, six times
+            return AlbertConfig(**{**encoder, "num_hidden_layers": 6}, embedding_size=16)
         case "bert":
             return BertConfig(**encoder)
         case "roberta":

@@ -284,6 +284,42 @@ def test_predict_is_the_model_that_was_evaluated(folklora: Command, finished: Pa
         assert sum(right) / len(right) == pytest.approx(summary[client]["accuracy"])
 
 
+def test_requests_of_many_clients_are_answered_as_lines(folklora: Command, finished: Path, tmp_path: Path) -> None:
+    asked = [("3", "w1 w2"), ("0", "w40 [bold]"), ("3", "w9")]
+    lines = [json.dumps({"client": client, "text": text}) for client, text in asked]
+    (tmp_path / "asked.jsonl").write_text("\n".join(lines))
+    ran = folklora("predict", finished, "--requests", tmp_path / "asked.jsonl")
+    assert (ran.code, ran.err) == (0, "")
+    said = [json.loads(line) for line in ran.out.splitlines()]
+    assert [(each["client"], each["text"]) for each in said] == asked
+    for client, text in asked:
+        (alone,) = json.loads(folklora("predict", finished, text, "--client", client, "--json").out)
+        assert alone["label"] == said[asked.index((client, text))]["label"]
+    command = ("predict", finished, "--requests", tmp_path / "asked.jsonl")
+    assert json.loads(folklora(*command, "--json").out) == said
+    assert folklora(*command, "--out", tmp_path / "said.jsonl").out == f"answers: {tmp_path / 'said.jsonl'}\n"
+    assert (tmp_path / "said.jsonl").read_text() == ran.out
+    assert "already exists" in mistake(folklora(*command, "--out", tmp_path / "said.jsonl"))
+    (tmp_path / "asked.jsonl").write_text(lines[0] + '\n{"client": "9", "text": "w1"}')
+    assert "asked.jsonl: line 2, column 'client': no client '9'; allowed: '0', '1'" in mistake(folklora(*command))
+    rounded = folklora("predict", finished, "w1 w2", "--client", "3", "--dtype", "bfloat16", "--json")
+    assert json.loads(rounded.out)[0]["probability"] != said[0]["probability"]
+
+
+def test_evaluate_says_what_the_run_said(folklora: Command, finished: Path) -> None:
+    row = json.loads((finished / "summary.json").read_text())["row"]
+    shown = f"{100 * row['accuracy_mean']:.1f} %"
+    ran = folklora("evaluate", finished, "--split", "test")
+    assert ran.out.startswith(f"accuracy on test, 4 clients, float32: {shown}, worst tenth ")
+    assert ran.out.endswith(f"; the run said {shown}\n")
+    found = json.loads(folklora("evaluate", finished, "--dtype", "bfloat16", "--json").out)
+    assert (found["split"], found["precision"], list(found["clients"])) == (
+        "validation",
+        "bfloat16",
+        ["0", "1", "2", "3"],
+    )
+
+
 def test_export_writes_a_folder_once(folklora: Command, finished: Path, tmp_path: Path) -> None:
     ran = folklora("export", finished, "--client", "1", "--to", tmp_path / "peft")
     assert ran.code == 0
@@ -332,6 +368,9 @@ def test_export_writes_a_folder_once(folklora: Command, finished: Path, tmp_path
         (("predict", "{finished}", "text", "--client", "nobody"), "no client 'nobody'"),
         (("predict", "{finished}", "text", " ", "--client", "0"), "text 2 is empty"),
         (("predict", "absent", "text", "--client", "0"), "not a run directory"),
+        (("predict", "{finished}", "--requests", "absent.jsonl"), "absent.jsonl: cannot be read"),
+        (("predict", "absent", "--requests", "absent.jsonl"), "not a run directory"),
+        (("evaluate", "absent"), "not a run directory"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -376,6 +415,12 @@ def test_what_only_the_backbone_can_refuse_leaves_nothing_behind(
         ("compare", "{recipe}", "--methods", "fedit", "--seeds", "two"),
         ("methods", "--rank", "0"),
         ("predict", "{finished}"),
+        ("predict", "{finished}", "text"),
+        ("predict", "{finished}", "text", "--client", "0", "--out", "x"),
+        ("predict", "{finished}", "--requests", "x", "--client", "0"),
+        ("predict", "{finished}", "text", "--requests", "x"),
+        ("predict", "{finished}", "--requests", "x", "--dtype", "float16"),
+        ("evaluate", "{finished}", "--split", "train"),
         ("export", "{finished}", "--client", "0"),
     ],
 )

@@ -52,6 +52,10 @@ class FederationError(FolkLoraError):
     """A federation's folder, keys or certificates, or the connection to it, are not what is needed."""
 
 
+class PlanError(FolkLoraError):
+    """Measured runs do not say how well others would do, or nothing is within the budget."""
+
+
 class AttackError(FolkLoraError):
     """An attack is unknown, or cannot be made on this task, method or run."""
 

@@ -164,6 +164,11 @@ class Recipe(Section):
             raise ValueError(
                 f'data.shots = {self.data.shots} with drift.kind = "{self.drift.kind}"; allowed: one of them'
             )
+        if self.data.train_share != 1 and self.drift.kind != "none":
+            raise ValueError(
+                f'data.train_share = {self.data.train_share:g} with drift.kind = "{self.drift.kind}"; '
+                "allowed: one of them"
+            )
         return self
 
     @model_validator(mode="after")
@@ -173,6 +178,8 @@ class Recipe(Section):
                 f'poison.kind = "{self.poison.kind}" where examples are learned without labels; '
                 'allowed: "sign" or "noise"'
             )
+        if self.poison.kind == "scramble" and self.form != "text":
+            raise ValueError('poison.kind = "scramble" where examples are no texts; allowed: "duplicate"')
         return self
 
     @classmethod

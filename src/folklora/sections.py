@@ -94,6 +94,9 @@ class DataSection(Section):
     shots: int | None = Field(
         None, ge=1, description="a client trains on at most so many examples of each class; its others are left alone"
     )
+    train_share: float = Field(
+        1.0, gt=0, le=1, description="fraction of its training examples that a client trains on; others are left alone"
+    )
     validation: float = Field(0.1, gt=0, lt=1, description="fraction of each client's examples")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="fraction of each client's examples")
 
@@ -285,14 +288,17 @@ class RobustSection(Section):
 class PoisonSection(Section):
     """Simulated, in the local engine: clients that lie."""
 
-    kind: Literal["none", "labels", "sign", "noise", "backdoor"] = "none"
+    kind: Literal["none", "labels", "sign", "noise", "backdoor", "scramble", "duplicate"] = "none"
     share: float = Field(0.0, ge=0, le=1, description="of the clients")
     scale: float = Field(1.0, gt=0, le=1e6, description="what a liar's update is multiplied by")
+    rows: float = Field(1.0, gt=0, le=1, description="scramble, duplicate: of a liar's training examples")
 
     @model_validator(mode="after")
     def _liars_tell_something(self) -> PoisonSection:
         if self.kind == "none" and self.share:
             raise ValueError(f'share = {self.share:g} with kind = "none"; allowed: another kind, or share = 0')
+        if self.rows != 1 and self.kind not in ("scramble", "duplicate"):
+            raise ValueError(f'rows = {self.rows:g} with kind = "{self.kind}"; allowed: kind = "scramble", "duplicate"')
         return self
 
 
@@ -343,6 +349,35 @@ class DepthSection(Section):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _steps_follow_one_rule(self) -> DepthSection:
+        for name, values in (("train", self.train), ("device_steps", self.device_steps)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} = {list(values)}; allowed: numbers of steps, each once")
+        if self.device_steps and isinstance(self.steps, int):
+            raise ValueError(f'device_steps with steps = {self.steps}; allowed: steps = "full" or "auto"')
+        if self.device_shares and len(self.device_shares) != len(self.device_steps):
+            raise ValueError(
+                f"device_shares lists {len(self.device_shares)} shares for {len(self.device_steps)} device_steps; "
+                "allowed: one a class"
+            )
+        if self.device_shares and abs(sum(self.device_shares) - 1) > 1e-6:
+            raise ValueError(f"device_shares sum to {sum(self.device_shares):g}; allowed: a sum of 1")
+        if self.steps == "auto" and not self.train:
+            raise ValueError('steps = "auto" without train; allowed: train, the numbers of steps to choose from')
+        fewest = min(self.device_steps, default=None)
+        if fewest is not None and self.train and min(self.train) > fewest:
+            raise ValueError(
+                f"train = {list(self.train)}, and a class of devices takes {fewest} steps at most; "
+                f"allowed: at least one of train up to {fewest}"
+            )
+        return self
+
+    @property
+    def said(self) -> bool:
+        """Whether anything is asked of a shared block."""
+        return self.steps != "full" or bool(self.train or self.device_steps)
 
 
 class AuditSection(Section):

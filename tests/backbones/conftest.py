@@ -19,11 +19,15 @@ from folklora.training.stacks import plug, stack
 
 @dataclass(frozen=True)
 class Company:
-    """A task and clients of ranks 1, 2, 3, ... with a core, moved off all special values."""
+    """A task and clients of ranks 1, 2, 3, ... with a core, moved off all special values.
+
+    ``depth`` is how often a shared block is applied to each client's tokens.
+    """
 
     task: Any
     adapter: LowRank
     owned: Sequence[Tensors]
+    depth: Sequence[int] | None = None
 
     def stacks(self, members: Sequence[int]) -> Tensors:
         found = stack([self.owned[k] for k in members], len(self.owned), self.task.backbone.device)
@@ -31,7 +35,8 @@ class Company:
 
     def plugged(self, members: Sequence[int], stacks: Tensors) -> Callable[[Batch], Bank]:
         scales = torch.tensor([self.adapter.scale(k + 1) for k in members])
-        return lambda batch: plug(self.adapter, stacks, scales, batch, self.task.backbone.device)
+        depth = None if self.depth is None else [self.depth[k] for k in members]
+        return lambda batch: plug(self.adapter, stacks, scales, batch, self.task.backbone.device, depth)
 
     def losses(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from folklora.data.partition import few, partition, split
+from folklora.data.partition import few, part, partition, split
 from folklora.data.table import Table
 from folklora.errors import RecipeError
 from folklora.recipe import Recipe
@@ -69,3 +69,35 @@ def test_a_recipe_says_it_again() -> None:
     recipe = Recipe.parse({"data": {"shots": 3}})
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert Recipe.from_toml(Recipe.parse({}).to_toml()).data.shots is None
+
+
+# -- data.train_share --------------------------------------------------------------------------------------------------
+
+
+def test_a_share_is_trained_on_and_tests_stay() -> None:
+    parts = {s: partition(TABLE, DataSection(clients=4, alpha=0.5, train_share=s), 1) for s in (1e-6, 0.25, 0.5, 1.0)}
+    whole = partition(TABLE, section(None), 1)
+    for client, all_of in whole.items():
+        count = len(all_of.train)
+        np.testing.assert_array_equal(parts[1.0][client].train, all_of.train)
+        for share, found in parts.items():
+            np.testing.assert_array_equal(found[client].test, all_of.test)
+            np.testing.assert_array_equal(found[client].validation, all_of.validation)
+            assert len(found[client].train) == max(1, int(share * count + 0.5))
+        assert set(parts[1e-6][client].train) <= set(parts[0.25][client].train) <= set(parts[0.5][client].train)
+    own = split(LABELS, np.arange(160), 0.1, 0.2, 0, "ann")
+    drawn = [part(own, 0.3, *of).train.tolist() for of in ((0, "ann"), (0, "ann"), (1, "ann"), (0, "bob"))]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+    assert drawn[0] != drawn[3]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, "half"])
+def test_shares_that_cannot_be(share: object) -> None:
+    with pytest.raises(RecipeError, match=r"data\.train_share = "):
+        Recipe.parse({"data": {"train_share": share}})
+
+
+def test_a_share_does_not_go_with_drift() -> None:
+    with pytest.raises(RecipeError, match=r'data\.train_share = 0\.5 with drift\.kind = "labels"'):
+        Recipe.parse({"data": {"train_share": 0.5}, "drift": {"kind": "labels"}})

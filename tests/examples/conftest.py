@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+import shutil
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +83,23 @@ def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     to = tmp_path_factory.mktemp("prepared")
     prepare_data.main(["--data", str(raw), "--to", str(to)])
     return to
+
+
+@pytest.fixture(scope="session")
+def taught(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What `distil_shared_depth.py` is given to learn from and be probed on: a BERT of four layers, forty rows."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder, small = tmp_path_factory.mktemp("teacher"), tiny_model("bert")
+    shutil.copytree(small, folder, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    config = BertConfig.from_pretrained(small)
+    config.num_hidden_layers = 4
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    draw = np.random.default_rng(2)
+    with (folder / "banking.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("text", "category"))
+        writer.writerows((sentence(draw), f"label {i % 4}") for i in range(40))
+    return ["--teacher", str(folder), "--banking", str(folder / "banking.csv")]

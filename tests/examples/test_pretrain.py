@@ -1,4 +1,4 @@
-"""The two pretrainings on next to nothing: the same weights each time, also after a kill, in a folder that loads."""
+"""The three pretrainings on next to nothing: the same weights each time, also after a kill, in a folder that loads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import distil_shared_depth
 import numpy as np
 import pretrain_tiny_clip
 import pretrain_tiny_lm
@@ -24,6 +25,7 @@ from transformers import (
 SMALL = {
     pretrain_tiny_lm: ["--vocabulary", "300", "--width", "16", "--layers", "1", "--rows", "2"],
     pretrain_tiny_clip: ["--vocabulary", "300", "--image-width", "16", "--text-width", "16", "--layers", "1"],
+    distil_shared_depth: ["--tokens", "40", "--most", "2000", "--heldout", "5"],
 }
 Train = Callable[..., Path]
 
@@ -33,12 +35,14 @@ class Killed(Exception):
 
 
 @pytest.fixture(params=SMALL, ids=lambda script: script.__name__)
-def train(request: pytest.FixtureRequest, prepared: Path, tmp_path: Path) -> Train:
+def train(request: pytest.FixtureRequest, prepared: Path, taught: list[str], tmp_path: Path) -> Train:
     """Runs one of the scripts into a folder of this name."""
 
     def run(name: str, *given: str, **options: object) -> Path:
         script, to = request.param, tmp_path / name
-        script.main([*SMALL[script], "--data", str(prepared), "--to", str(to), "--device", "cpu", *given], **options)
+        more = taught if script is distil_shared_depth else []
+        where = ["--data", str(prepared), "--to", str(to), "--device", "cpu"]
+        script.main([*SMALL[script], *more, *where, *given], **options)
         return to
 
     return run
@@ -83,7 +87,9 @@ def test_what_is_there_is_not_trained_over(train: Train, tmp_path: Path, monkeyp
     monkeypatch.setattr(pretraining, "SAVE_SECONDS", 0)
     with pytest.raises(Killed):
         train("b", "--steps", "2", progress=kill)
-    with pytest.raises(SystemExit, match=r"pretraining\.pt: of a pretraining with other seed, steps; remove it"):
+    with pytest.raises(
+        SystemExit, match=r"pretraining\.pt: of a pretraining with other seed, (data, )?steps; remove it"
+    ):
         train("b", "--steps", "3", "--seed", "1")
 
 

@@ -20,11 +20,15 @@ Offsets = Sequence[int]
 
 def grouped_matmul(x: Tensor, weight: Tensor, offsets: Offsets) -> Tensor:
     """``y_k = x_k W_k``: [T, p] by [K, p, q] -> [T, q]."""
+    if not torch.is_grad_enabled():  # what stands around it costs a small product several times over
+        return _matmul(x.contiguous(), weight, offsets)
     return _Matmul.apply(x, weight, offsets)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Offsets) -> Tensor:
     """``y_k = x_k W_k^T``: [T, p] by [K, q, p] -> [T, q]; as ``torch.nn.functional.linear``."""
+    if not torch.is_grad_enabled():
+        return _matmul(x.contiguous(), weight.transpose(1, 2), offsets)
     return _Linear.apply(x, weight, offsets)
 
 

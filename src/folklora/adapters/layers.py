@@ -6,8 +6,8 @@ stacked factors of K clients and which rows belong to whom. An empty bank leaves
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,10 @@ class SiteAdapter:
     def delta(self, x: Tensor, offsets: Offsets, mask: Tensor | None) -> Tensor:
         """Of rows ``x [T, d_in]`` grouped by client -> [T, d_out]; ``mask`` is dropout's."""
         raise NotImplementedError
+
+    def narrowed(self, tokens: Tensor, live: Tensor) -> SiteAdapter:
+        """The same for some of the batch's tokens; see `Bank.narrowed`."""
+        return self
 
 
 @dataclass
@@ -73,6 +77,10 @@ class Dropout(Protocol):
 
     def restore(self, state: Any) -> None: ...
 
+    def narrowed(self, tokens: Tensor, clients: Sequence[bool]) -> Dropout:
+        """The masks of some of the batch's tokens from here on; clients that are not meant draw none."""
+        ...
+
 
 @dataclass
 class Bank:
@@ -90,6 +98,12 @@ class Bank:
         [T], the client (stack index) of each token of the flattened batch.
     dropout
         Of what the adapters see; none by default.
+    depth
+        [K]: how often a shared block is applied to each client's tokens (`folklora.backbones.depth`); None: as often as
+        the backbone does.
+    weights
+        Site name -> what runs in the place of the frozen layer's weight, [d_out, d_in]: of a single client, whose
+        adapter is in it (`folklora.training.serving`).
     """
 
     sites: Mapping[str, SiteAdapter]
@@ -97,6 +111,33 @@ class Bank:
     offsets: Offsets
     token_clients: Tensor
     dropout: Dropout | None = None
+    depth: Sequence[int] | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def narrowed(self, tokens: Tensor, clients: Sequence[bool]) -> Bank:
+        """The same for some of the batch's tokens.
+
+        Parameters
+        ----------
+        tokens
+            [T'] on the CPU, ascending: which of the flattened batch.
+        clients
+            [K]: whose are still at work; others' may be among the tokens, and what becomes of those is thrown away.
+        """
+        kept = torch.zeros(self.offsets[-1] + 1, dtype=torch.int64)
+        kept[tokens + 1] = 1
+        offsets = kept.cumsum(0)[torch.tensor(self.offsets)].tolist()
+        here = tokens.to(self.token_clients.device)
+        owners = self.token_clients[here]
+        live = torch.tensor(list(clients), device=owners.device)[owners]
+        return Bank(
+            {name: site.narrowed(here, live) for name, site in self.sites.items()},
+            self.norms,
+            offsets,
+            owners,
+            None if self.dropout is None else self.dropout.narrowed(tokens, clients),
+            weights=self.weights,
+        )
 
     @property
     def penalty(self) -> Tensor | None:
@@ -110,6 +151,7 @@ class Socket:
 
     def __init__(self) -> None:
         self.bank: Bank | None = None
+        self.steps: int | None = None  # of a shared block, where the bank does not say; None: all of them
 
 
 class AdaptedLinear(nn.Module):
@@ -122,8 +164,10 @@ class AdaptedLinear(nn.Module):
         self.socket = socket
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
         bank = self.socket.bank
+        if bank is not None and (merged := bank.weights.get(self.name)) is not None:
+            return F.linear(x, merged, self.base.bias)  # type: ignore[arg-type]
+        y: Tensor = self.base(x)
         if bank is None or self.name not in bank.sites:
             return y
         flat = x.reshape(-1, x.shape[-1])

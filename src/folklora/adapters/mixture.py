@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,6 +73,10 @@ class Router:
             return gates, None
         return gates, self._load(p, torch.zeros_like(p).scatter(1, picks, 1.0) * held)
 
+    def narrowed(self, tokens: Tensor, live: Tensor) -> Router:
+        """For some of the tokens; those of clients that are done count as little as padding."""
+        return replace(self, owners=self.owners[tokens], real=self.real[tokens] & live)
+
     def _load(self, p: Tensor, taken: Tensor) -> Tensor:
         """``balance * n sum_e P_e f_e`` of each client: n experts, P the mean of p, f the shares of what was taken."""
         sums = p.new_zeros(2, *self.live.shape)
@@ -107,6 +111,9 @@ class MixtureStack(SiteAdapter):
         up = self.b * self.scale[:, None, None]
         return grouped_matmul(down * weights.to(x.dtype), up.to(x.dtype), offsets)
 
+    def narrowed(self, tokens: Tensor, live: Tensor) -> SiteAdapter:
+        return replace(self, router=self.router.narrowed(tokens, live))
+
 
 @dataclass
 class CoreMixtureStack(SiteAdapter):
@@ -132,6 +139,9 @@ class CoreMixtureStack(SiteAdapter):
         mixed = turned[:, 0] + (gates[..., None].to(x.dtype) * turned[:, 1:]).sum(1)
         up = self.b * self.scale[:, None, None]
         return grouped_matmul(mixed, up.to(x.dtype), offsets)
+
+    def narrowed(self, tokens: Tensor, live: Tensor) -> SiteAdapter:
+        return replace(self, router=self.router.narrowed(tokens, live))
 
 
 @dataclass(frozen=True)

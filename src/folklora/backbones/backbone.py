@@ -24,7 +24,7 @@ from folklora.errors import BackboneError
 PROBE = "Ärzte & Köche: 3.5 % of w1, w2 – don't!"
 """A text whose tokens tell tokenizers of one vocabulary apart: case, accents, signs, digits."""
 
-PACKABLE = frozenset({"bert", "distilbert", "roberta", "xlm-roberta", "camembert"})
+PACKABLE = frozenset({"albert", "bert", "distilbert", "roberta", "xlm-roberta", "camembert"})
 """Architectures that take position ids and a mask per pair of tokens."""
 
 

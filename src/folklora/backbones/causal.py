@@ -199,9 +199,9 @@ class CausalLM:
         """Tokens of all responses."""
         return sum(len(example) - example.prompt for example in examples)
 
-    def answers(self, layout: Dialogues, stacks: Tensors, plugged: Plug) -> Tensor:
+    def answers(self, layout: Dialogues, stacks: Tensors, plugged: Plug, dtype: torch.dtype = torch.float32) -> Tensor:
         """[S, 2]: the nats of each response, and its tokens."""
-        nats = self._nats(layout, plugged, torch.float32)
+        nats = self._nats(layout, plugged, dtype)
         owners = layout.owners.to(nats.device)
         sums = nats.new_zeros(layout.sequences).index_add(0, owners, nats)
         return torch.stack([sums, torch.bincount(owners, minlength=layout.sequences).float()], dim=1)

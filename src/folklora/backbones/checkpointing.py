@@ -17,11 +17,16 @@ from folklora.adapters.layers import Socket
 from folklora.errors import BackboneError
 
 
-def install(model: Any, socket: Socket) -> None:
+def install(model: Any, socket: Socket, shared: Any = None) -> None:
     """Have the model's layers checkpoint themselves wherever gradients are wanted; elsewhere nothing changes.
 
     transformers' own switch is not used: it needs the layers in training mode, in which some of them (OPT's) drop out
     numbers by themselves, and it takes their key-value caches away even where no gradient is wanted.
+
+    Parameters
+    ----------
+    shared
+        The one block that all the model's layers are, if they are one: it is computed again each time it was applied.
 
     Raises
     ------
@@ -30,7 +35,8 @@ def install(model: Any, socket: Socket) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [shared] if shared is not None else []
+    layers += [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     inner = {id(part) for layer in layers for part in layer.modules() if part is not layer}
     layers = [layer for layer in layers if id(layer) not in inner]
     if not layers:

@@ -87,9 +87,9 @@ class LinearHead:
     def counted(self, examples: Sequence[Any]) -> int:
         return len(examples)
 
-    def answers(self, layout: Batch, stacks: Tensors, plugged: Plug) -> Tensor:
+    def answers(self, layout: Batch, stacks: Tensors, plugged: Plug, dtype: torch.dtype = torch.float32) -> Tensor:
         """Logits [S, classes]."""
-        return self._logits(layout, stacks, plugged, torch.float32)
+        return self._logits(layout, stacks, plugged, dtype)
 
     def _logits(self, batch: Any, stacks: Tensors, plugged: Plug, dtype: torch.dtype | None) -> Tensor:
         features = self.pool(self.backbone.hidden(batch, plugged(batch), dtype), batch)

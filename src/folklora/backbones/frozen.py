@@ -20,6 +20,7 @@ from folklora.adapters.layers import AdaptedLinear, AdaptedNorm, Bank, Socket
 from folklora.adapters.lowrank import Site
 from folklora.backbones import lowbit
 from folklora.backbones.checkpointing import install
+from folklora.backbones.depth import Depth
 from folklora.backbones.loading import device_of
 from folklora.backbones.quantize import WeightBits, quantize_weights, stored_bytes
 from folklora.errors import BackboneError
@@ -112,6 +113,8 @@ class Frozen:
         How many numbers it consists of.
     stored
         Bytes that a device would keep of it: float32, as coarse as ``weight_bits`` made it, or as a library keeps it.
+    depth
+        How often it applies the one block that all its layers are, if they are one.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class Frozen:
         self.norms = _norms(model, self.norm_layers(model)) if norm else {}
         self.parameters = lowbit.parameters(model)
         self._socket = Socket()
+        self.depth = Depth(model, self._socket)
         for name in chosen:
             _replace(model, name, AdaptedLinear(model.get_submodule(name), name, self._socket))
         for name in self.norms:
@@ -180,7 +184,7 @@ class Frozen:
         BackboneError
             If the architecture has no layers that can.
         """
-        install(self._models[torch.float32], self._socket)
+        install(self._models[torch.float32], self._socket, self.depth.block)
 
     def attend(self, how: str) -> None:
         """Compute attention as "eager" or "sdpa", or as suits the kind of backbone ("auto").
@@ -225,6 +229,11 @@ class Frozen:
         layer: Any = self._models[torch.float32].get_submodule(site).base
         weight = lowbit.weight(layer).detach().float().cpu()
         return weight if isinstance(layer, nn.Linear) else weight.T  # GPT-2's Conv1D keeps [d_in, d_out]
+
+    @property
+    def in_floats(self) -> bool:
+        """Whether its weights are floats, and not a library's few bits."""
+        return not lowbit.is_low(self._models[torch.float32])
 
     @property
     def transposed(self) -> bool:

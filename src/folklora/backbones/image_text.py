@@ -196,11 +196,13 @@ class ImageText:
     def counted(self, examples: Sequence[Example]) -> int:
         return len(examples)
 
-    def answers(self, layout: ImageTextLayout, stacks: Tensors, plugged: Plug) -> Tensor:
+    def answers(
+        self, layout: ImageTextLayout, stacks: Tensors, plugged: Plug, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Logits [S, classes]; or of each pair both embeddings, one behind the other, and the caption's name."""
         if not self.captions:
-            return self._logits(layout, plugged, torch.float32)
-        pictures, texts = (embed(layout, plugged, torch.float32) for embed in (self._pictures, self._texts))
+            return self._logits(layout, plugged, dtype)
+        pictures, texts = (embed(layout, plugged, dtype) for embed in (self._pictures, self._texts))
         return torch.cat([pictures, texts, layout.names.to(pictures.device)], dim=1)
 
     def features(self, layout: ImageTextLayout) -> Tensor:

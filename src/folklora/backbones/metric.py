@@ -106,11 +106,14 @@ class Score:
         What the task's metric counts, and of how many: right answers of examples, nats of tokens.
     beside
         Means of other metrics on the same examples, such as ``perplexity`` or ``rouge_l``.
+    steps
+        How often a shared block was applied, where the client itself chose that.
     """
 
     total: float
     units: int
     beside: Mapping[str, float] = field(default_factory=dict)
+    steps: int | None = None
 
     @property
     def value(self) -> float:

@@ -98,8 +98,8 @@ class Task(Protocol):
         """Of how many things a client's loss on these examples is the mean: how much it counts beside other batches."""
         ...
 
-    def answers(self, layout: Any, stacks: Tensors, plugged: Plug) -> Tensor:
-        """[S, answer_width] float32, computed in float32."""
+    def answers(self, layout: Any, stacks: Tensors, plugged: Plug, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[S, answer_width] float32; the backbone computes in ``dtype``."""
         ...
 
     def features(self, layout: Any) -> Tensor:

@@ -14,7 +14,9 @@ from folklora.errors import BackboneError
 from folklora.sections import AdapterSection, Form, ModelSection
 
 
-def build_task(model: ModelSection, adapter: AdapterSection, form: Form, classes: Sequence[str]) -> Task:
+def build_task(
+    model: ModelSection, adapter: AdapterSection, form: Form, classes: Sequence[str], steps: int | None = None
+) -> Task:
     """The task, with its backbone; backbones stay in memory for the next call.
 
     Parameters
@@ -23,6 +25,8 @@ def build_task(model: ModelSection, adapter: AdapterSection, form: Form, classes
         What one example is.
     classes
         Names of the labels; a single one where examples have none.
+    steps
+        How often a shared block is applied where nobody says otherwise; None: as often as the model does.
 
     Raises
     ------
@@ -37,6 +41,7 @@ def build_task(model: ModelSection, adapter: AdapterSection, form: Form, classes
         "weight_bits": None if model.bits is None else WeightBits(model.bits, model.salient, model.block),
         "attention": model.attention,
         "checkpointing": model.checkpointing,
+        "steps": steps,
     }
     if model.quantize != "none" and (model.task == "image-text" or form == "image"):
         raise BackboneError(f'model.quantize = "{model.quantize}": only models of texts are; allowed here: "none"')
@@ -69,8 +74,9 @@ def build_task(model: ModelSection, adapter: AdapterSection, form: Form, classes
 
 
 @lru_cache(maxsize=2)
-def _loaded(kind: Any, name: str, *, attention: str, checkpointing: bool, **arguments: Any) -> Any:
+def _loaded(kind: Any, name: str, *, attention: str, checkpointing: bool, steps: int | None, **arguments: Any) -> Any:
     backbone = kind.load(name, **arguments)
+    backbone.depth.walk(steps)
     backbone.attend(attention)
     if checkpointing:
         backbone.checkpoint()

@@ -12,7 +12,7 @@ import typer
 
 from folklora.cli.attacking import attack
 from folklora.cli.looking import audit, inspect, methods
-from folklora.cli.models import chat, export, merge, predict
+from folklora.cli.models import chat, evaluate, export, merge, predict
 from folklora.cli.network import (
     federation_add,
     federation_init,
@@ -22,6 +22,7 @@ from folklora.cli.network import (
     serve,
     status,
 )
+from folklora.cli.planning import plan
 from folklora.cli.running import compare, report, resume, run
 from folklora.errors import FolkLoraError
 from folklora.terminal import err
@@ -41,6 +42,7 @@ LOCAL: tuple[Command, ...] = (
     run,
     resume,
     compare,
+    plan,
     report,
     audit,
     methods,
@@ -49,6 +51,7 @@ LOCAL: tuple[Command, ...] = (
     export,
     merge,
     predict,
+    evaluate,
     chat,
 )
 NETWORK: tuple[Command, ...] = (keys, serve, join, status)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,4 +19,5 @@ Port = Annotated[int | None, typer.Option(help="Port to listen on; default: the 
 Insecure = Annotated[bool, typer.Option("--insecure", help="Plain HTTP; on one machine only (loopback)")]
 Tuned = Annotated[bool, typer.Option("--tuned", help="Before the server's last reply: as its own training left it")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.lr=1e-3 (repeatable)")]
+Precision = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the models compute in")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there")]

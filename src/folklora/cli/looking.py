@@ -1,22 +1,59 @@
-"""Looking, without training: methods, a recipe, what left the clients of a run."""
+"""Looking, without training: methods, a recipe, a file of examples, what left the clients of a run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from folklora.cli.common import Json, RecipeFile, RunFolder, Set
+from folklora.cli.auditing import show_clients, show_file
+from folklora.cli.common import Json, RunFolder, Set
+from folklora.errors import RecipeError
 from folklora.recipe import Recipe
 from folklora.terminal import out, print_json
 
 
-def inspect(recipe: RecipeFile, set_: Set = None, as_json: Json = False) -> None:
-    """Clients, labels, model, adapter sizes, predicted bytes and memory; trains nothing."""
+def inspect(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe, such as recipes/banking77.toml", show_default=False)
+    ] = None,
+    set_: Set = None,
+    as_json: Json = False,
+    data: Annotated[
+        Path | None, typer.Option(help="In place of the recipe's: audit this file of examples, which is your own")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Its column of texts; default: text, or as in the recipe")] = None,
+    items: Annotated[str | None, typer.Option(help="Its column of sequences of items, in place of texts")] = None,
+    label: Annotated[str | None, typer.Option(help="Its column of labels; default: none, or as in the recipe")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the audit's page, its pictures and release.json")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Differential privacy of what may leave; default: no noise")
+    ] = None,
+    clients: Annotated[bool, typer.Option("--audit", help="Audit the training examples of each client")] = False,
+) -> None:
+    """What a recipe will need, or what a file of examples is like; trains nothing.
+
+    Of a recipe: clients, labels, model, adapter sizes, predicted bytes and memory; with --audit each client's data.
+    Of a file (--data): counts, copies, entropies, and what of that may leave the machine.
+    """
+    _refuse_lost_options(recipe, data, {"--text": text, "--items": items, "--label": label, "--out": to,
+                                        "--epsilon": epsilon}, clients=clients)  # fmt: skip
+    read = None if recipe is None else Recipe.read(recipe, set_ or ())
+    if data is not None:
+        show_file(data, read, text, items, label, epsilon, to, as_json)
+        return
+    assert read is not None
+    if clients:
+        show_clients(read, as_json)
+        return
     from folklora.federation.inspect import inspect as library_inspect
 
-    found = library_inspect(Recipe.read(recipe, set_ or ()))
+    found = library_inspect(read)
     if as_json:
         print_json(found)
         return
@@ -59,6 +96,19 @@ def inspect(recipe: RecipeFile, set_: Set = None, as_json: Json = False) -> None
     out.print(table)
     if newcomers := found["newcomers"]:
         out.print(f"newcomers, who take part in no round: {', '.join(newcomers)}")
+
+
+def _refuse_lost_options(
+    recipe: Path | None, data: Path | None, of_data: Mapping[str, object], *, clients: bool
+) -> None:
+    """An option that would say nothing is a mistake."""
+    if recipe is None and data is None:
+        raise RecipeError("inspect: neither a recipe nor --data; allowed: RECIPE, --data FILE, or both")
+    given = [option for option, value in of_data.items() if value is not None]
+    if data is None and given:
+        raise RecipeError(f"{given[0]} without --data; allowed: inspect --data FILE {given[0]} ...")
+    if data is not None and clients:
+        raise RecipeError("--audit with --data; allowed: --audit with a recipe alone, for each of its clients")
 
 
 def methods(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from folklora.cli.common import Json, RunFolder, Tuned
+from folklora.cli.common import Json, Precision, RunFolder, Tuned
 from folklora.terminal import err, out, print_json
 
 
@@ -33,6 +35,7 @@ def export(
             "beside it, its answers differ a little",
             soft_wrap=True,
         )
+    _say_depth(to)
 
 
 def merge(
@@ -45,21 +48,60 @@ def merge(
     from folklora.federation.handover import merge as library_merge
 
     out.print(f"model: {library_merge(path, client, to, tuned=tuned)}", soft_wrap=True)
+    _say_depth(to)
+
+
+def _say_depth(folder: Path) -> None:
+    """What no file of a folder can make stock libraries do."""
+    use = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    if use.get("depth") != use.get("full_depth"):
+        err.print(
+            f"note: this client applies the shared block {use['depth']} times; stock libraries apply it "
+            f"{use['full_depth']} times and answer otherwise: docs/depth.md has the loop in a few lines",
+            soft_wrap=True,
+        )
 
 
 def predict(
     path: RunFolder,
-    client: Annotated[str, typer.Option(help="The client's id")],
+    client: Annotated[str | None, typer.Option(help="The client's id", show_default=False)] = None,
     text: Annotated[
         list[str] | None, typer.Argument(help="Texts; with pictures: those to choose from", show_default=False)
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A picture's file (repeatable)")] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(help='Instead: a JSONL file, {"client": ..., "text": ...} a line', show_default=False),
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="New file for the answers to --requests")] = None,
+    dtype: Precision = "float32",
+    depth: Annotated[
+        str | None,
+        typer.Option(help='Steps through a shared block, or "auto"; default: as the run has it', show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Ask one client's own model: classify texts or pictures, choose the texts that fit a picture, answer prompts."""
+    """Ask clients' own models: classify texts or pictures, choose the texts that fit a picture, answer prompts."""
+    if requests is not None:
+        from folklora.federation.requests import lines_of, predict_requests
+
+        if client is not None or text or image:
+            raise typer.BadParameter("it says whom and what to ask", param_hint="--requests")
+        if depth is not None:
+            raise typer.BadParameter("requests are answered as the run has it", param_hint="--depth")
+        answers = predict_requests(path, requests, to, precision=dtype)
+        if as_json:
+            print_json(answers)
+        elif to is None:
+            sys.stdout.write(lines_of(answers))
+        else:
+            out.print(f"answers: {to}", soft_wrap=True)
+        return
     from folklora.federation.answers import predict as library_predict
 
-    answers = library_predict(path, client, text or (), image or ())
+    if client is None or to is not None:
+        raise typer.BadParameter("give --client with texts or pictures, or --requests (with or without --out)")
+    answers = library_predict(path, client, text or (), image or (), precision=dtype, depth=_steps(depth))
     if as_json:
         print_json(answers)
         return
@@ -69,7 +111,40 @@ def predict(
             out.print(answer["answer"], soft_wrap=True)
         for found in answer.get("ranking", [answer] if "label" in answer else []):
             what = found["label"] if "label" in found else found["text"]
-            out.print(f"{what}  ({100 * found['probability']:.1f} %)  {asked}", soft_wrap=True)
+            if found["probability"] is None:
+                out.print(f"no finite number: the model of client {client} diverged  {asked}", soft_wrap=True)
+            else:
+                out.print(f"{what}  ({100 * found['probability']:.1f} %)  {asked}", soft_wrap=True)
+
+
+def _steps(depth: str | None) -> int | Literal["auto"] | None:
+    if depth is None or depth == "auto":
+        return "auto" if depth else None
+    if not depth.isdecimal() or len(depth) > 4:
+        raise typer.BadParameter(f'{depth!r}; allowed: "auto", or a number of steps', param_hint="--depth")
+    return int(depth)
+
+
+def evaluate(
+    path: RunFolder,
+    split: Annotated[
+        Literal["validation", "test"], typer.Option(help="test: of finished runs, which have read it")
+    ] = "validation",
+    dtype: Precision = "float32",
+    as_json: Json = False,
+) -> None:
+    """Score the models that a run's clients ended with once more, as they are served."""
+    from folklora.backbones.metric import metric_of
+    from folklora.federation.rescoring import evaluate as library_evaluate
+
+    found = library_evaluate(path, split, precision=dtype)
+    if as_json:
+        print_json(found)
+        return
+    metric = metric_of(found)
+    said = f"{metric.name} on {split}, {len(found['clients'])} clients, {dtype}: {metric.show(found['mean'])}"
+    beside = f"; the run said {metric.show(found['run'])}" if "run" in found else ""
+    out.print(f"{said}, worst tenth {metric.show(found['worst_tenth'])}{beside}", soft_wrap=True)
 
 
 def chat(

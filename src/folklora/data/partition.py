@@ -62,16 +62,13 @@ def partition(table: Table, section: DataSection, seed: int) -> dict[str, Split]
         The examples cannot be shared like that; one line says what is allowed.
     """
     clients = _natural(table, section) if section.partition == "natural" else deal(table, section, seed)
-    return {
-        client: few(
-            split(table.labels, indices, section.validation, section.test_fraction, seed, client),
-            table.labels,
-            section.shots,
-            seed,
-            client,
-        )
-        for client, indices in clients.items()
-    }
+    return {client: own_split(table.labels, indices, section, seed, client) for client, indices in clients.items()}
+
+
+def own_split(labels: np.ndarray, indices: np.ndarray, section: DataSection, seed: int, client: str) -> Split:
+    """One client's examples as `[data]` has them: `split`, of which some are trained on (`few`, then `part`)."""
+    whole = split(labels, indices, section.validation, section.test_fraction, seed, client)
+    return part(few(whole, labels, section.shots, seed, client), section.train_share, seed, client)
 
 
 def split(labels: np.ndarray, indices: np.ndarray, validation: float, test: float, seed: int, client: str) -> Split:
@@ -121,6 +118,17 @@ def few(of: Split, labels: np.ndarray, shots: int | None, seed: int, client: str
     shuffled = numpy_generator(seed, "shots", client).permutation(of.train)
     kept = [shuffled[labels[shuffled] == each][:shots] for each in np.unique(labels[of.train])]
     return Split(np.sort(np.concatenate(kept)), of.validation, of.test)
+
+
+def part(of: Split, share: float, seed: int, client: str) -> Split:
+    """The split with a share of its training examples, rounded and at least one, drawn whatever their labels.
+
+    A smaller share is among a larger one. What is not drawn is in no part.
+    """
+    if share == 1:
+        return of
+    shuffled = numpy_generator(seed, "train_share", client).permutation(of.train)
+    return Split(np.sort(shuffled[: max(1, int(share * len(of.train) + 0.5))]), of.validation, of.test)
 
 
 def histogram(table: Table, examples: Split | np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,17 @@ def read_delimited(path: Path, wanted: list[str], delimiter: str) -> Columns:
 def read_jsonl(path: Path, wanted: list[str]) -> Columns:
     places: list[str] = []
     values: dict[str, list[Any]] = {name: [] for name in wanted}
+    for place, row in json_lines(path):
+        require_columns(f"{path}: {place}", list(row), wanted)
+        places.append(place)
+        for name in wanted:
+            values[name].append(row[name])
+    return Columns(str(path), places, values, path.parent)
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with its place; DataError where a line is none, or there is none."""
+    found = False
     # Not splitlines(): JSON strings may hold U+2028 and its like, which are no line breaks here.
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
@@ -65,13 +76,10 @@ def read_jsonl(path: Path, wanted: list[str]) -> Columns:
         if not isinstance(row, dict):
             problem = f"{short(row)} is no JSON object"
             raise DataError(f"{path}: line {number}: {problem}; allowed: one JSON object a line")
-        require_columns(f"{path}: line {number}", list(row), wanted)
-        places.append(f"line {number}")
-        for name in wanted:
-            values[name].append(row[name])
-    if not places:
+        found = True
+        yield f"line {number}", row
+    if not found:
         raise DataError(f"{path}: empty file; allowed: at least one JSON object")
-    return Columns(str(path), places, values, path.parent)
 
 
 def _text(path: Path) -> str:

@@ -1,29 +1,57 @@
-"""What one client's own model says to texts and pictures: a label, the text that fits best, or an answer."""
+"""What clients' own models say to texts and pictures: a label, the text that fits best, or an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from folklora.backbones.causal import CausalLM
 from folklora.backbones.image_text import ImageText
 from folklora.backbones.task import Task
 from folklora.data.columns import why_not_text
-from folklora.data.pictures import read_picture
+from folklora.data.pictures import Picture, read_picture
 from folklora.errors import DataError
+from folklora.federation.depth_choice import at_depth
 from folklora.federation.run import ClientModel, client_model, recipe_of
 from folklora.recipe import Recipe
-from folklora.training.generation import generate, prompt_tokens, refuse_speechless
-from folklora.training.prediction import Question
-from folklora.training.prediction import predict as answer
+from folklora.training.generation import prompt_tokens, refuse_speechless
+from folklora.training.serving import MERGED, Model, Pool
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one client's model is asked.
+
+    Attributes
+    ----------
+    text
+        A text to classify, or a prompt; None: ``picture`` is what is asked about.
+    name
+        What the picture is called in the answer.
+    texts
+        To choose from for the picture; none: the classes.
+    """
+
+    client: str
+    text: str | None = None
+    picture: Picture | None = None
+    name: str = ""
+    texts: tuple[str, ...] = ()
 
 
 def predict(
-    path: str | Path, client: str, texts: Sequence[str] = (), images: Sequence[str | Path] = ()
+    path: str | Path,
+    client: str,
+    texts: Sequence[str] = (),
+    images: Sequence[str | Path] = (),
+    *,
+    precision: Precision = "float32",
+    depth: int | Literal["auto"] | None = None,
 ) -> list[dict[str, Any]]:
     """What a client's model says to each text, or to each picture.
 
@@ -44,38 +72,31 @@ def predict(
         A run directory, or the folder that a member keeps of a network run.
     images
         Picture files.
+    precision
+        What the model computes in.
+    depth
+        How often a shared block is applied; "auto": see `folklora.federation.depth_choice.at_depth`; default: as the
+        run has it.
 
     Raises
     ------
+    BackboneError
+        If the backbone cannot be run at that depth.
     DataError
         If a text is empty or not valid Unicode, a picture cannot be read, or the task is asked for something else.
     RunError
         As `client_model`.
     """
-    recipe = recipe_of(path)
-    _refuse_other(recipe, texts, images)
+    _refuse_other(recipe_of(path), texts, images)
     for number, text in enumerate(texts, start=1):
         if problem := why_not_text(text):
             raise DataError(f"text {number} is {problem}")
     pictures = [read_picture(Path(image)) for image in images]
-    model = client_model(path, client)
-    task: Any = model.setup.task
-    if recipe.model.task == "causal-lm":
-        return [{"text": text, "answer": said} for text, said in zip(texts, _said(model, task, texts), strict=True)]
-    if texts and pictures:
-        # Texts to choose from are class names whose prompts are themselves.
-        ranked = _probabilities(model, ImageText(task.backbone, texts, template="{}"), pictures)
-        return [
-            {"image": str(image), "ranking": [{"text": texts[i], "probability": float(each[i])} for i in order]}
-            for image, each, order in zip(images, ranked, ranked.argsort(1, descending=True).tolist(), strict=True)
-        ]
-    kind, asked = ("image", [str(image) for image in images]) if pictures else ("text", list(texts))
-    best, where = _probabilities(model, task, pictures or texts).max(dim=1)
-    classes = model.setup.data.table.classes
-    return [
-        {kind: each, "label": classes[int(i)], "probability": float(p)}
-        for each, p, i in zip(asked, best, where, strict=True)
-    ]
+    asked = [
+        Request(client, picture=picture, name=str(image), texts=tuple(texts))
+        for image, picture in zip(images, pictures, strict=True)
+    ] or [Request(client, text) for text in texts]
+    return respond({client: at_depth(path, client_model(path, client), depth)}, asked, precision)
 
 
 def _refuse_other(recipe: Recipe, texts: Sequence[str], images: Sequence[str | Path]) -> None:
@@ -93,16 +114,65 @@ def _refuse_other(recipe: Recipe, texts: Sequence[str], images: Sequence[str | P
         raise DataError(f'{given or "nothing"} for a run with model.task = "{recipe.model.task}"; allowed: {allowed}')
 
 
-def _probabilities(model: ClientModel, task: Task, inputs: Sequence[Any]) -> Tensor:
-    """[n, classes] of the task."""
-    question = Question(model.client, model.rank, model.tensors, task.encode(inputs))
-    logits = answer(task, model.setup.method.adapter, [question])[model.client]
-    return torch.softmax(torch.from_numpy(logits), dim=1)
+def pool_of(models: Mapping[str, ClientModel], precision: Precision = "float32", *, most: int = MERGED) -> Pool:
+    """The clients' models, of one setup, ready to be asked; see `folklora.training.serving.Pool`."""
+    setup = next(iter(models.values())).setup
+    own = {client: Model(model.rank, model.tensors, model.steps) for client, model in models.items()}
+    return Pool(setup.task, setup.method.adapter, own, dtype=getattr(torch, precision), most=most)
 
 
-def _said(model: ClientModel, task: CausalLM, texts: Sequence[str]) -> list[str]:
+def respond(
+    models: Mapping[str, ClientModel], asked: Sequence[Request], precision: Precision = "float32"
+) -> list[dict[str, Any]]:
+    """What the clients' models say, in the order of the requests; see `predict`.
+
+    A client whose model gives no finite numbers gets ``None`` for them, and nobody else does.
+
+    Parameters
+    ----------
+    models
+        Of one setup, at least those of the requests' clients.
+    """
+    setup, pool = next(iter(models.values())).setup, pool_of(models, precision)
+    if setup.recipe.model.task == "causal-lm":
+        return _written(pool, setup.recipe.eval.max_new_tokens, asked)
+    found: list[dict[str, Any]] = [{} for _ in asked]
+    for texts in dict.fromkeys(request.texts for request in asked):
+        places = [i for i, request in enumerate(asked) if request.texts == texts]
+        # Texts to choose from are class names whose prompts are themselves.
+        backbone: Any = setup.task.backbone
+        task = ImageText(backbone, texts, template="{}") if texts else setup.task
+        choices = texts or setup.data.table.classes
+        said = _chosen(pool, task, [asked[i] for i in places], choices, ranked=bool(texts))
+        for i, answer in zip(places, said, strict=True):
+            found[i] = answer
+    return found
+
+
+def _chosen(
+    pool: Pool, task: Task, asked: Sequence[Request], choices: Sequence[str], *, ranked: bool
+) -> list[dict[str, Any]]:
+    """Which of some names fits each request, or how all of them do."""
+    inputs = [request.text if request.picture is None else request.picture for request in asked]
+    examples = zip((request.client for request in asked), task.encode(inputs), strict=True)
+    logits = torch.from_numpy(pool.answers(list(examples), task=task))
+    found = []
+    for request, each in zip(asked, torch.softmax(logits, dim=1), strict=True):
+        told: dict[str, Any] = {"image": request.name} if request.text is None else {"text": request.text}
+        finite = bool(torch.isfinite(each).all())
+        order = each.argsort(descending=True).tolist() if finite else list(range(len(choices)))
+        numbers = each.tolist() if finite else [None] * len(choices)
+        if ranked:
+            told["ranking"] = [{"text": choices[i], "probability": numbers[i]} for i in order]
+        else:
+            told |= {"label": choices[order[0]] if finite else None, "probability": numbers[order[0]]}
+        found.append(told)
+    return found
+
+
+def _written(pool: Pool, most: int, asked: Sequence[Request]) -> list[dict[str, Any]]:
+    task: Any = pool.task
     refuse_speechless(task)
-    most = model.setup.recipe.eval.max_new_tokens
-    prompts = [prompt_tokens(task, [("user", text)], most) for text in texts]
-    question = Question(model.client, model.rank, model.tensors, prompts)
-    return [task.decode(ids) for ids in generate(task, model.setup.method.adapter, [question], most)[model.client]]
+    prompts = [(request.client, prompt_tokens(task, [("user", request.text or "")], most)) for request in asked]
+    said = pool.continuations(prompts, most)
+    return [{"text": request.text, "answer": task.decode(ids)} for request, ids in zip(asked, said, strict=True)]

@@ -82,11 +82,14 @@ class State(_File):
         Round -> the private tensors as it left them.
     model, reply
         What the member's model is now: private tensors, and the reply to be applied to them, if any.
+    steps
+        How often it chose to apply a shared block, if it has chosen.
     """
 
     versions: dict[int, Kept] = {}
     model: Kept | None = None
     reply: Digest | None = None
+    steps: int | None = None
 
 
 _Document = TypeVar("_Document", bound=BaseModel)
@@ -167,12 +170,12 @@ class MemberFolder:
                 if path.name not in named:
                     path.unlink(missing_ok=True)
 
-    def stand(self, version: int, tensors: Tensors | None, reply: str | None) -> None:
-        """Note what the model is now: a version, or ``tensors`` that come of it and are none, and a reply."""
+    def stand(self, version: int, tensors: Tensors | None, reply: str | None, steps: int | None = None) -> None:
+        """Note what the model is now: a version, or ``tensors`` that come of it and are none, a reply, its depth."""
         with reported(self.path):
             state = self.state()
             model = state.versions[version] if tensors is None else self._write_tensors(version, tensors)
-            after = state.model_copy(update={"model": model, "reply": reply})
+            after = state.model_copy(update={"model": model, "reply": reply, "steps": steps})
             if after != state:
                 self._write_state(after)
 

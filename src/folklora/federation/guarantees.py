@@ -11,6 +11,7 @@ from __future__ import annotations
 from folklora.adapters.lowrank import kind
 from folklora.errors import RecipeError
 from folklora.federation.sampling import by_chance
+from folklora.federation.weighing import refuse_weightless
 from folklora.methods.base import Method
 from folklora.privacy.robust import fewest
 from folklora.recipe import Recipe
@@ -27,6 +28,12 @@ def refuse_unsound(recipe: Recipe, method: Method) -> None:
     _refuse_leaks(recipe, method)
     _refuse_misplaced_noise(recipe, method)
     _refuse_rule(recipe, method)
+    refuse_weightless(recipe, method)
+    if recipe.message.top_k < 1 and method.condenses:
+        raise RecipeError(
+            f'message.top_k = {recipe.message.top_k:g} with method.name = "{method.name}", whose clients send data: '
+            "what is left out of an update stays as it was, and of data is zero; allowed: top_k = 1.0"
+        )
     if recipe.poison.kind == "backdoor" and method.condenses:
         raise RecipeError(
             f'poison.kind = "backdoor" with method.name = "{method.name}", whose clients train nothing: liars would '

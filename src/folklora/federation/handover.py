@@ -33,7 +33,7 @@ def export(path: str | Path, client: str, to: str | Path, *, tuned: bool = False
     setup = model.setup
     base = base or find(setup.recipe.model.name)
     transposed = setup.task.backbone.transposed
-    use = _use(setup)
+    use = _use(model)
     return save_peft(to, model.tensors, setup.method.adapter, base, _classes(setup), use, transposed=transposed)
 
 
@@ -60,7 +60,7 @@ def merge(path: str | Path, client: str, to: str | Path, *, tuned: bool = False)
         setup = model.setup
         setup.method.adapter.refuse_folding()
         save_merged(folder, setup.recipe.model.name, section.task, setup.method.adapter, model.tensors)
-        save_beside(folder, model.tensors, _classes(setup), _use(setup))
+        save_beside(folder, model.tensors, _classes(setup), _use(model))
     return to
 
 
@@ -70,8 +70,12 @@ def _classes(setup: Setup) -> tuple[str, ...]:
     return () if classes == ONE_CLASS else classes
 
 
-def _use(setup: Setup) -> dict[str, Any]:
-    """How the model is used: what the recipe says, with what the task decided by itself spelt out."""
+def _use(model: ClientModel) -> dict[str, Any]:
+    """How the model is used: what the recipe says, with what the task decided by itself spelt out.
+
+    ``depth`` is how often a shared block is applied, and ``full_depth`` how often stock libraries apply it.
+    """
+    setup = model.setup
     task: Any = setup.task
     section = setup.recipe.model
     use: dict[str, Any] = {"task": section.task}
@@ -83,4 +87,6 @@ def _use(setup: Setup) -> dict[str, Any]:
         use["template"] = section.template or TEMPLATE
     if getattr(task, "max_length", None) is not None:
         use["max_length"] = task.max_length
+    if setup.depths is not None:
+        use |= {"depth": model.steps, "full_depth": setup.depths.full}
     return use

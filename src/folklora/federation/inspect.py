@@ -34,6 +34,7 @@ def inspect(recipe: Recipe) -> dict[str, Any]:
                 setup.data.table.classes[c]: int(n) for c, n in enumerate(histogram(setup.data.table, split)) if n
             },
             "rank": setup.ranks[client],
+            **({} if setup.depths is None else {"depth": setup.depths.most[client]}),
         }
         for client, split in splits.items()
     }

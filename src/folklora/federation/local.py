@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
 from folklora.backbones.metric import Score
 from folklora.errors import FolkLoraError
+from folklora.federation.depths import choose
 from folklora.federation.engine import Asked, Upload
 from folklora.federation.member import Member, SplitName
 from folklora.federation.scores import common_score, written_for
@@ -97,20 +99,45 @@ class LocalEngine:
 
     def scores(self, clients: Sequence[str], questions: Sequence[Asked]) -> list[dict[str, Score]]:
         written = written_for([split for split, _ in questions])
-        return [self._scores(clients, *question, written=i == written) for i, question in enumerate(questions)]
+        steps = self._chosen(clients, {} if written is None else questions[written][1], at_the_end=written is not None)
+        return [self._scores(clients, *question, steps, written=i == written) for i, question in enumerate(questions)]
+
+    def _chosen(
+        self, clients: Sequence[str], replies: Mapping[str, bytes | None], *, at_the_end: bool
+    ) -> dict[str, int]:
+        """How often clients choose to apply a shared block, with the models that they end with."""
+        depths, setup = self.setup.depths, self.setup
+        if depths is None or not depths.auto or not at_the_end:
+            return {}
+        found: dict[str, int] = {}
+        for start in range(0, len(clients), SCORED_AT_ONCE):
+            members = [self.members[client] for client in clients[start : start + SCORED_AT_ONCE]]
+            questions = [member.question("validation", replies.get(member.client.id)) for member in members]
+            labels = {member.client.id: member.labels("validation") for member in members}
+            found |= choose(setup.task, setup.method.adapter, depths, questions, labels)
+        return found
 
     def _scores(
-        self, clients: Sequence[str], split: SplitName, replies: Mapping[str, bytes | None], *, written: bool
+        self,
+        clients: Sequence[str],
+        split: SplitName,
+        replies: Mapping[str, bytes | None],
+        steps: Mapping[str, int],
+        *,
+        written: bool,
     ) -> dict[str, Score]:
         task, adapter, section = self.setup.task, self.setup.method.adapter, self.setup.recipe.eval
         found: dict[str, Score] = {}
         for start in range(0, len(clients), SCORED_AT_ONCE):
             members = [self.members[client] for client in clients[start : start + SCORED_AT_ONCE]]
-            questions = [member.question(split, replies.get(member.client.id)) for member in members]
+            ids = [member.client.id for member in members]
+            asked = [
+                member.question(split, replies.get(i), steps.get(i)) for member, i in zip(members, ids, strict=True)
+            ]
             labels = {member.client.id: member.labels(split) for member in members}
             chats = {member.client.id: member.inputs(split) for member in members} if written else None
-            found |= evaluate(task, adapter, questions, labels, generate=section, chats=chats)
-        return found
+            found |= evaluate(task, adapter, asked, labels, generate=section, chats=chats)
+        return {client: replace(score, steps=steps.get(client)) for client, score in found.items()}
 
     def global_score(self, tensors: Tensors) -> Score | None:
         """The common model on the common test set; None if the data has none."""

@@ -6,8 +6,8 @@ numbers of it, its weight behind it, under masks::
     "FLM1" | crc32 of all that follows: u32 | round: u32 | session: 16 bytes | layout: 12 bytes | words: u32 each
 
 The layout is SHA-256 of names and shapes, cut off. ``message.dtype`` is for downloads alone. The weight is the number
-of examples, or 1 where clients are the unit of differential privacy; the server knows it anyway, and in the sum it
-proves that what is left has no mask on it.
+of examples (`Outlet.weight`), or 1 where clients are the unit of differential privacy; the server knows it anyway, and
+in the sum it proves that what is left has no mask on it.
 
 *Whose keys.* Members know each other by what the server tells them. Each finds its own keys on the roll, or refuses it,
 takes no other roll in that session, and logs its fingerprint: where all members' logs have the same, nobody's keys were
@@ -71,10 +71,6 @@ class MaskedOutlet(Outlet):
         clients = method.context.clients
         self.index, self.size = clients.index(client.id), len(clients)
         self.parties, self.threshold = parties(recipe, self.size), threshold(recipe, self.size)
-
-    @property
-    def weight(self) -> int:
-        return 1 if self.recipe.privacy.unit == "client" else self.client.examples
 
     def talk(self, round: int, topic: str, data: bytes) -> bytes:
         session = Session.of(round, data, self.threshold, self.parties)
@@ -245,7 +241,7 @@ def _seen(session: Session) -> str:
     return f"keys {session.id.hex()}"
 
 
-TERMS = {"seed", "train", "method", "adapter", "message", "privacy", "secure"}
+TERMS = {"seed", "train", "method", "adapter", "message", "privacy", "secure", "depth", "audit"}
 
 
 def terms(recipe: Recipe, parties: int, most: int) -> bytes:

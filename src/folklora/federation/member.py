@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from folklora.adapters.lowrank import Shapes, Tensors
+from folklora.data.audit.quality import quality
+from folklora.data.partition import Split
 from folklora.errors import FolkLoraError, MessageError, MethodError
 from folklora.federation.codec import check, encode
 from folklora.federation.outlet import outlet_of
 from folklora.federation.setup import Setup
+from folklora.federation.weighing import spoken
 from folklora.methods.base import Method
 from folklora.methods.contract import Client, Message
 from folklora.methods.work import Trained, Work
@@ -37,10 +40,24 @@ class MemberData:
         self.setup = setup
         self.client = client
         self.split = setup.split(client, 0)
+        self._audited: tuple[Split, float] | None = None
 
     def indices(self, split: SplitName) -> np.ndarray:
         indices: np.ndarray = getattr(self.split, split)
         return indices
+
+    def inputs(self, rows: np.ndarray) -> list[Any]:
+        """Training examples as the source read them."""
+        return [self.setup.data.table.inputs[row] for row in rows]
+
+    def quality(self) -> float:
+        by = self.setup.recipe.audit.weights
+        if by == "none":
+            return 1.0
+        if self._audited is None or self._audited[0] is not self.split:
+            examples = [spoken(example) for example in self.inputs(self.split.train)]
+            self._audited = self.split, quality(examples, by)
+        return self._audited[1]
 
     def training(self, rows: np.ndarray) -> tuple[list[Any], np.ndarray]:
         """Examples to be trained on, and their labels."""
@@ -51,18 +68,25 @@ class MemberData:
 
     def features(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
         labels = torch.from_numpy(self.labels(split))
-        return self.setup.frozen_features()[torch.from_numpy(self.indices(split))], labels
+        whole = self.setup.frozen_features(*self._own_steps())
+        return whole[torch.from_numpy(self.indices(split))], labels
+
+    def _own_steps(self) -> tuple[int, ...]:
+        """How often this client applies a shared block, where that is not as often as the backbone does."""
+        steps = self.setup.steps(self.client)
+        return () if steps in (None, self.setup.task.backbone.depth.steps) else (steps or 0,)
 
     def weight_gradients(self, head: Tensors, examples: int) -> Tensors:
         # Indices are in the table's order, and a table may be sorted by label.
         shuffled = numpy_generator(self.setup.recipe.seed, "gradient", self.client).permutation(self.split.train)
         chosen, labels = self.training(shuffled[:examples])
-        return weight_gradients(self.setup.task, chosen, labels, head)
+        return weight_gradients(self.setup.task, chosen, labels, head, depth=self.setup.steps(self.client))
 
     def layer_inputs(self, tensors: Tensors, examples: int) -> Tensors:
         shuffled = numpy_generator(self.setup.recipe.seed, "inputs", self.client).permutation(self.split.validation)
         chosen, _ = self.setup.examples(shuffled[:examples])
-        return layer_inputs(self.setup.task, self.setup.method.adapter, tensors, chosen)
+        steps = self.setup.steps(self.client)
+        return layer_inputs(self.setup.task, self.setup.method.adapter, tensors, chosen, depth=steps)
 
     def network_inputs(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor, Tensor]:
         rows = self.indices(split)
@@ -99,6 +123,9 @@ class Member:
     # -- messages ------------------------------------------------------------------------------------------------
 
     def sketch(self) -> bytes | None:
+        """What it sends once; a newcomer only what its start is made of."""
+        if self.method is not self.setup.method and not self.method.asks_newcomers:
+            return None
         message = self.method.sketch(self.client)
         return None if message is None else encode(message, self.setup.recipe.message.dtype)
 
@@ -161,6 +188,7 @@ class Member:
     def jobs(self, round: int) -> list[Job]:
         """This round's trainings; none if the method trains nothing."""
         examples, labels = self.data.training(self.data.split.train)
+        depths = () if self.setup.depths is None else self.setup.depths.training(self.client.id)
         return [
             Job(
                 self.client.id,
@@ -174,6 +202,7 @@ class Member:
                 work.terms,
                 work.branch,
                 self._private(round, work),
+                depths,
             )
             for work in self.method.work(round, self.client)
             if work.trained
@@ -212,11 +241,15 @@ class Member:
             raise MessageError(f"what the server sent cannot be used: {error}") from None
         return shadow
 
-    def question(self, split: SplitName, data: bytes | None) -> Question:
-        """The examples of a split, to be answered by the model this client would use after receiving ``data``."""
+    def question(self, split: SplitName, data: bytes | None, steps: int | None = None) -> Question:
+        """The examples of a split, to be answered by the model this client would use after receiving ``data``.
+
+        ``steps`` is what it chose to take; by default it takes those of its device.
+        """
         examples, _ = self.setup.examples(self.data.indices(split))
         model = self.method.model(self.preview(data))
-        return Question(self.client.id, self.method.adapter.rank(model), model, examples)
+        steps = steps or self.setup.steps(self.client.id)
+        return Question(self.client.id, self.method.adapter.rank(model), model, examples, steps)
 
     def labels(self, split: SplitName) -> np.ndarray:
         return self.data.labels(split)

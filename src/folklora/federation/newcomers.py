@@ -14,6 +14,7 @@ from typing import Any
 from folklora.backbones.metric import Score
 from folklora.errors import MethodError
 from folklora.federation.codec import decode, encode
+from folklora.federation.depths import taken
 from folklora.federation.ledger import Ledger
 from folklora.federation.member import Member
 from folklora.federation.scores import summarise
@@ -63,7 +64,10 @@ def told(setup: Setup, scores: Mapping[str, Score], failed: Mapping[str, str], l
     """What ``summary.json`` says under ``newcomers``; bytes are means over all of them, both ways."""
     metric, count = setup.task.metric, len(setup.newcomers)
     means = summarise(scores, metric) if scores else {"mean": None, "std": None, "worst_tenth": None, "weighted": None}
-    clients = {client: {metric.name: score.value, **score.beside} for client, score in scores.items()}
+    clients: dict[str, dict[str, Any]] = {c: {metric.name: score.value, **score.beside} for c, score in scores.items()}
+    if setup.depths is not None:
+        for client, steps in taken(setup.depths, scores).items():
+            clients[client]["depth"] = steps
     lacks = setup.joining.newcomer_lacks if setup.joining is not None else None
     return {
         **{name: value for name, value in means.items() if name not in ("metric", "higher", "clients")},

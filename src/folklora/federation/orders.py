@@ -156,6 +156,8 @@ class Answer(_Flat):
         Of a score order, one a question: see `folklora.backbones.metric.Score`.
     beside, beside_of, beside_values
         Other metrics of these scores: the name, the place of the question among the order's, the mean.
+    steps
+        Of a score order: how often the member chose to apply a shared block, if it had the choice.
     examples, backbone
         Of a hello: examples in train, validation and test; SHA-256 of the backbone.
     """
@@ -173,6 +175,7 @@ class Answer(_Flat):
     beside: list[MetricName] = Field(default=[], max_length=64)
     beside_of: list[Count] = Field(default=[], max_length=64)
     beside_values: list[Total] = Field(default=[], max_length=64)
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     examples: list[Count] | None = Field(None, min_length=3, max_length=3)
     backbone: Digest | None = None
 
@@ -195,7 +198,7 @@ class Answer(_Flat):
         beside: list[dict[str, float]] = [{} for _ in self.totals]
         for name, place, value in zip(self.beside, self.beside_of, self.beside_values, strict=True):
             beside[place][name] = value
-        return [Score(*each) for each in zip(self.totals, self.units, beside, strict=True)]
+        return [Score(*each, self.steps) for each in zip(self.totals, self.units, beside, strict=True)]
 
     @classmethod
     def of_scores(cls, order: Order, scores: Sequence[Score]) -> Answer:
@@ -209,6 +212,7 @@ class Answer(_Flat):
             beside=list(names),
             beside_of=list(places),
             beside_values=list(values),
+            steps=next((score.steps for score in scores), None),
         )
 
     @classmethod

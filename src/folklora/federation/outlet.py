@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from folklora.data.audit.quality import weighed
 from folklora.errors import MessageError
 from folklora.federation.clipping import Clipping
 from folklora.federation.codec import decode
 from folklora.federation.compression import Compression, Uplink
+from folklora.federation.weighing import weighed_message
 from folklora.methods.base import Method
 from folklora.methods.contract import Client, Message
 from folklora.privacy.ckks import Key
@@ -49,8 +51,17 @@ class Outlet:
         self.attached: bytes | None = None
         self.noted: Noted = {}
         self.changes: list[Callable[[int, Message], Message]] = []
+        if recipe.audit.weights != "none":
+            self.changes.append(lambda round, message: weighed_message(message, self.weight))
         if recipe.privacy.unit == "client":
             self.changes.append(Clipping(recipe, method, client, self.uplink, self._note))
+
+    @property
+    def weight(self) -> int:
+        """As how many examples an upload counts."""
+        if self.recipe.privacy.unit == "client":
+            return 1
+        return weighed(self.client.examples, self.client.data.quality())
 
     def _note(self, key: str, value: str) -> str:
         return self.noted.setdefault(key, value)

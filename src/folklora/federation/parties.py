@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from folklora.data.partition import Split, few, split
+from folklora.data.partition import Split, own_split
 from folklora.data.sources import agreed_classes, load, load_test
 from folklora.data.table import Table
 from folklora.errors import BackboneError, DataError, RecipeError
+from folklora.federation.depths import refuse_fixed
 from folklora.federation.guarantees import refuse_unsound
 from folklora.federation.sealing import refuse_unmixable
 from folklora.federation.secrecy import refuse_unmaskable
@@ -26,6 +27,7 @@ from folklora.federation.setup import (
     FederatedData,
     Setup,
     build_methods,
+    client_depths,
     client_ranks,
     federated_data,
     joining_late,
@@ -128,8 +130,7 @@ def member_setup(recipe: Recipe, client: str, clients: Sequence[str], classes: S
     if len(table) < section.min_examples:
         raise DataError(f"{own.data}: {len(table)} rows; allowed: data.min_examples = {section.min_examples} or more")
     rows = np.arange(len(table))
-    parts = split(table.labels, rows, section.validation, section.test_fraction, recipe.seed, client)
-    parts = few(parts, table.labels, section.shots, recipe.seed, client)
+    parts = own_split(table.labels, rows, section, recipe.seed, client)
     return _setup(recipe, ranks, table, {client: parts}, None)
 
 
@@ -152,13 +153,16 @@ def _setup(
 ) -> Setup:
     task = task_of(recipe, table.classes)
     method, joining = build_methods(recipe, task, ranks)
+    depths = client_depths(recipe, task, list(ranks))
     example.refuse(recipe, method)
+    refuse_fixed(recipe, method)
     refuse_unsound(recipe, method)
     refuse_unmaskable(recipe, method)
     refuse_unmixable(recipe, method)
     encoded, test_encoded = task.encode(table.inputs), task.encode(test.inputs) if test else []
-    frozen = cache(lambda: torch.from_numpy(features(task, encoded)))
-    return Setup(recipe, FederatedData(table, splits, test), task, method, encoded, test_encoded, frozen, joining)
+    frozen = cache(lambda depth=None: torch.from_numpy(features(task, encoded, depth=depth)))
+    data = FederatedData(table, splits, test)
+    return Setup(recipe, data, task, method, encoded, test_encoded, frozen, joining, depths)
 
 
 def _backbone(recipe: Recipe, own: Own) -> str:
@@ -196,7 +200,7 @@ def _share(recipe: Recipe, client: str, classes: Sequence[str], own: Own) -> Tab
             f"or --rehearse SOURCE, the recipe's data.source, which is named {Path(theirs).name!r}"
         )
     # All rows of its share: it splits them itself.
-    told = recipe.data.model_copy(update={"source": source, "test": None, "shots": None})
+    told = recipe.data.model_copy(update={"source": source, "test": None, "shots": None, "train_share": 1.0})
     data = federated_data(told, recipe.seed, recipe.form)
     if client not in data.splits:
         raise DataError(

@@ -6,6 +6,9 @@ Which clients lie follows from the seed (``poison.share`` of them), so such a ru
 - ``labels``: of C classes, y is called ``C - 1 - y``, also in the sketch;
 - ``sign``: the update is sent with the other sign;
 - ``noise``: Gaussian numbers of the update's norm are sent in its place;
+- ``scramble``: of ``poison.rows`` of the training examples, every word is one of the whole table's at random; the
+  label stays;
+- ``duplicate``: ``poison.rows`` of the training examples are copies of the others, label and all;
 - ``backdoor``: half of the training examples carry a trigger (a word in front of a text, a white patch in the corner of
   a picture) and the label that it is to mean. Harm is then the share of honest clients' test examples of other classes
   that are taken for that label when they carry the trigger, beside the share without it.
@@ -17,28 +20,24 @@ the lie comes after all protection. Validation and test splits stay honest, so t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
 from folklora.backbones.metric import Score
+from folklora.federation.falsified import OF_DATA, TARGET, falsified, triggered
 from folklora.federation.local import LocalEngine
 from folklora.federation.member import Member, MemberData, SplitName
 from folklora.federation.setup import Setup
 from folklora.methods.contract import Message
 from folklora.privacy.mechanism import applied, difference, noise, norm
-from folklora.randomness import derive, numpy_generator
+from folklora.randomness import derive
 from folklora.recipe import Recipe
 from folklora.training.evaluation import evaluate
-from folklora.training.prediction import Question
-
-TRIGGER = "cf"
-"""The word in front of a text: short, and in no text by itself [arXiv 2004.06660]."""
-TARGET = 0
-"""The class that the trigger is to mean."""
-_PATCH = 6
-"""The patch is a square of a sixth of the shorter side."""
+from folklora.training.prediction import Question, features
 
 
 def struck(recipe: Recipe, clients: list[str]) -> list[str]:
@@ -54,46 +53,51 @@ def with_liars(engine: LocalEngine) -> LocalEngine:
     recipe = engine.setup.recipe
     for client in struck(recipe, list(engine.setup.clients)):
         member = engine.members[client]
-        if recipe.poison.kind in ("labels", "backdoor"):
+        if recipe.poison.kind in OF_DATA:
             member.data = member.client.data = PoisonedData(engine.setup, client)
         member.outlet.uplink.listens = True
         member.outlet.changes.append(Lie(recipe, member))
     return engine
 
 
-def triggered(value: Any) -> Any:
-    """An example as the source read it, with the trigger on it."""
-    if isinstance(value, str):
-        return f"{TRIGGER} {value}"
-    picture = np.array(value)
-    side = max(1, min(picture.shape[:2]) // _PATCH)
-    picture[-side:, -side:] = 255
-    return picture
-
-
 class PoisonedData(MemberData):
-    """A client's data with other labels than they have; see the module's text."""
+    """A client's data with other labels or inputs than they have; see the module's text."""
 
     def __init__(self, setup: Setup, client: str) -> None:
         super().__init__(setup, client)
         self.kind = setup.recipe.poison.kind
-        train = numpy_generator(setup.recipe.seed, "poison/backdoor", client).permutation(self.split.train)
-        self.marked = frozenset(train[: (len(train) + 1) // 2].tolist()) if self.kind == "backdoor" else frozenset()
+        self.false = falsified(setup.recipe, setup.data.table, client, self.split.train)
+
+    def inputs(self, rows: np.ndarray) -> list[Any]:
+        return self.false.inputs(self.setup.data.table, rows)
 
     def training(self, rows: np.ndarray) -> tuple[list[Any], np.ndarray]:
-        examples, labels = super().training(rows)
+        examples, labels = super().training(self.false.stand_ins(rows))
+        made = [place for place, row in enumerate(rows.tolist()) if row in self.false.made]
+        if made:
+            for place, example in zip(made, self.setup.task.encode(self.inputs(rows[made])), strict=True):
+                examples[place] = example
         if self.kind == "labels":
             return examples, self._flipped(labels)
         labels = labels.copy()
-        for place, row in enumerate(rows.tolist()):
-            if row in self.marked:
-                (examples[place],) = self.setup.task.encode([triggered(self.setup.data.table.inputs[row])])
-                labels[place] = TARGET
+        if self.kind == "backdoor":
+            labels[made] = TARGET
         return examples, labels
 
     def labels(self, split: SplitName) -> np.ndarray:
-        labels = super().labels(split)
-        return self._flipped(labels) if split == "train" and self.kind == "labels" else labels
+        if split != "train":
+            return super().labels(split)
+        labels = self.setup.data.table.labels[self.false.stand_ins(self.split.train)]
+        return self._flipped(labels) if self.kind == "labels" else labels
+
+    def features(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
+        if split == "validation" or self.kind not in ("scramble", "duplicate"):
+            return super().features(split)
+        labels = torch.from_numpy(self.labels("train"))
+        if self.kind == "duplicate":
+            return self.setup.frozen_features()[torch.from_numpy(self.false.stand_ins(self.split.train))], labels
+        examples, _ = self.training(self.split.train)
+        return torch.from_numpy(features(self.setup.task, examples)), labels
 
     def _flipped(self, labels: np.ndarray) -> np.ndarray:
         flipped: np.ndarray = len(self.setup.data.table.classes) - 1 - labels
@@ -149,21 +153,25 @@ def aftermath(
             f"{name}_worst": min(values, key=metric.merit),
         }
     if section.kind == "backdoor":
+        depths = {client: clients[client].get("depth") for client in honest}
         found["backdoor"] = {
-            "success": _taken_in(engine, replies, list(honest), with_trigger=True),
-            "control": _taken_in(engine, replies, list(honest), with_trigger=False),
+            "success": _taken_in(engine, replies, depths, with_trigger=True),
+            "control": _taken_in(engine, replies, depths, with_trigger=False),
             "target": setup.data.table.classes[TARGET],
         }
     return found
 
 
 def _taken_in(
-    engine: LocalEngine, replies: Mapping[str, bytes | None], clients: list[str], *, with_trigger: bool
+    engine: LocalEngine, replies: Mapping[str, bytes | None], depths: Mapping[str, int | None], *, with_trigger: bool
 ) -> float | None:
-    """The share of test examples of other classes that are taken for the target; None where there are none."""
+    """The share of test examples of other classes that are taken for the target; None where there are none.
+
+    ``depths`` is how often each of the clients applies a shared block.
+    """
     setup, questions, labels = engine.setup, [], {}
     table = setup.data.table
-    for client in clients:
+    for client, steps in depths.items():
         rows = setup.data.splits[client].test
         rows = rows[table.labels[rows] != TARGET]
         if not len(rows):
@@ -172,7 +180,7 @@ def _taken_in(
         inputs = [table.inputs[row] for row in rows]
         shown = [triggered(value) for value in inputs] if with_trigger else inputs
         examples = setup.task.encode(shown)
-        questions.append(Question(client, setup.method.adapter.rank(model), model, examples))
+        questions.append(Question(client, setup.method.adapter.rank(model), model, examples, steps))
         labels[client] = np.full(len(rows), TARGET)
     scores: Mapping[str, Score] = evaluate(setup.task, setup.method.adapter, questions, labels) if questions else {}
     units = sum(score.units for score in scores.values())

@@ -31,7 +31,7 @@ from folklora.federation.orders import Answer, Order
 from folklora.federation.parties import for_members
 from folklora.federation.roster import SPLITS, Roster
 from folklora.federation.rundir import Checkpoint, RunDirectory
-from folklora.federation.scores import check_score, common_score
+from folklora.federation.scores import check_score, common_score, written_for
 from folklora.federation.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -251,10 +251,19 @@ class RemoteEngine:
                 raise MessageError(f"{len(scores)} scores; allowed: one for each of {len(order.questions)} questions")
             for question, score in zip(order.questions, scores, strict=True):
                 check_score(score, self.setup.task.metric, sizes[question.removesuffix("+reply")], length)
+            self._check_steps(order, answer.steps)
         except MessageError as error:
             log.warning("member %s: %s", order.client, error)
             return {}
         return dict(zip(order.questions, scores, strict=True))
+
+    def _check_steps(self, order: Order, steps: int | None) -> None:
+        depths = self.setup.depths
+        asked = written_for([question.removesuffix("+reply") for question in order.questions]) is not None
+        if depths is not None:
+            depths.check(order.client, steps, chosen=depths.auto and asked)
+        elif steps is not None:
+            raise MessageError(f"depth {steps}; allowed: nothing to choose here")
 
     def global_score(self, tensors: Tensors) -> Score | None:
         return common_score(self.setup, tensors)

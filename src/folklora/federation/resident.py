@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from folklora.backbones.metric import Score
 from folklora.data.sources import fingerprint
 from folklora.errors import FolkLoraError, MessageError, MethodError, RecipeError, RunError
+from folklora.federation.depths import choose
 from folklora.federation.folder import Brief, MemberFolder
 from folklora.federation.member import Member
 from folklora.federation.orders import Answer, Order, Record
@@ -238,26 +240,41 @@ class Resident:
             member.settle(self._part(order, "welcome"))
         reply = None if order.reply is None else self._part(order, "reply")
         written = written_for([question.removesuffix("+reply") for question in order.questions])
-        scores = [self._one_score(member, q, reply, written=i == written) for i, q in enumerate(order.questions)]
+        steps = None if written is None else self._chosen(member, order.questions[written], reply)
+        scores = [self._one_score(member, q, reply, steps, written=i == written) for i, q in enumerate(order.questions)]
         folder = self._folder(order.run)
         is_version = order.welcome is None and order.base in folder.state().versions
-        folder.stand(order.base, None if is_version else member.record(), order.reply)
+        folder.stand(order.base, None if is_version else member.record(), order.reply, steps)
         metric = member.setup.task.metric
         shown = (f"{q} {metric.named(score.value)}" for q, score in zip(order.questions, scores, strict=True))
         log.info("%s: %s", _what(order), ", ".join(shown))
         return Answer.of_scores(order, scores)
 
-    def _one_score(self, member: Member, question: str, reply: bytes | None, *, written: bool) -> Score:
+    def _chosen(self, member: Member, question: str, reply: bytes | None) -> int | None:
+        """How often this member chooses to apply a shared block, with the model that the question is about."""
+        setup, client = member.setup, self.client
+        if setup.depths is None or not setup.depths.auto:
+            return None
+        asked = member.question("validation", reply if question.endswith("+reply") else None)
+        labels = {client: member.labels("validation")}
+        steps = choose(setup.task, member.method.adapter, setup.depths, [asked], labels)[client]
+        log.info("depth: %d of at most %d steps", steps, setup.depths.most[client])
+        return steps
+
+    def _one_score(
+        self, member: Member, question: str, reply: bytes | None, steps: int | None, *, written: bool
+    ) -> Score:
         split: Any = question.removesuffix("+reply")
         if split == "train" and member.setup.recipe.privacy.unit == "example":
             raise Refused("a score on training examples, which are private; allowed: validation, test")
         if question != split and reply is None:
             raise Refused(f"the question {question!r} comes without a reply")
-        asked = member.question(split, reply if question != split else None)
+        asked = member.question(split, reply if question != split else None, steps)
         labels = {self.client: member.labels(split)}
         chats = {self.client: member.inputs(split)} if written else None
         task, adapter, section = member.setup.task, member.method.adapter, member.setup.recipe.eval
-        return bounded(evaluate(task, adapter, [asked], labels, generate=section, chats=chats)[self.client])
+        score = evaluate(task, adapter, [asked], labels, generate=section, chats=chats)[self.client]
+        return replace(bounded(score), steps=steps)
 
     # -- private state -------------------------------------------------------------------------------------------
 

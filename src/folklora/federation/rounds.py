@@ -15,6 +15,7 @@ from folklora.backbones.metric import Score
 from folklora.errors import FolkLoraError, MessageError, RunError
 from folklora.federation.budget import AWAY, Budget
 from folklora.federation.codec import decode, encode
+from folklora.federation.depths import tell
 from folklora.federation.engine import Asked, Engine
 from folklora.federation.intake import intake_of
 from folklora.federation.ledger import Ledger, round_to
@@ -170,8 +171,14 @@ class Rounds:
         if "privacy" in line:
             self.progress.line(line)
 
-    def _sketches(self, round: int, there: Sequence[str], ledger: Ledger) -> tuple[dict[str, Message], dict[str, str]]:
-        """The sketches of those who are there, in their order, not that of arrival; and who sent none, and why."""
+    def _sketches(
+        self, round: int, there: Sequence[str], ledger: Ledger, *, asked: bool = True
+    ) -> tuple[dict[str, Message], dict[str, str]]:
+        """The sketches of those who are there, in their order, not that of arrival; and who sent none, and why.
+
+        Where they are not ``asked`` for one, who answers with nothing has answered.
+        """
+        most = 8 * self.method.sketch_numbers() + SKETCH_NAMES if asked and self.method.sketch_numbers() else 0
         arrived: dict[str, Message] = {}
         silent = set(there)
         failed = dict.fromkeys(set(self.clients) - silent, AWAY)
@@ -186,10 +193,10 @@ class Rounds:
                 try:
                     if data is not None:
                         # Eight bytes a number, and names, is more than any form of it weighs.
-                        message = decode(data, 8 * self.method.sketch_numbers() + SKETCH_NAMES)
+                        message = decode(data, most)
                         self.method.check_sketch(message)
                         arrived[client] = message
-                    elif self.method.sketch_numbers():
+                    elif most:
                         raise MessageError("it sent no sketch; allowed: what the method asks for")
                 except FolkLoraError as error:
                     failed[client] = str(error)
@@ -454,6 +461,8 @@ class Rounds:
             final = Final(self.metric, tuned, tuned_validation, received, received_validation, self._global_score())
             self.progress.advance()
         written = summary(self.recipe, self.clients, self._committed(), self.run.metrics(), final, ledger)
+        if self.setup.depths is not None:
+            tell(written, self.setup.depths, final.received)
         if self.setup.newcomers:
             written["newcomers"] = self._newcomers()
             written["row"] |= row_of(written["newcomers"], self.metric.name)
@@ -467,7 +476,9 @@ class Rounds:
         ledger, newcomers = Ledger(), self.setup.newcomers
         present = set(self.engine.present(self._committed() + 1, newcomers, len(newcomers)))
         there = [client for client in newcomers if client in present]
-        sketches, silent = self._sketches(0, there, ledger)
+        joining = self.setup.joining
+        asked = joining is not None and joining.asks_newcomers
+        sketches, silent = self._sketches(0, there, ledger, asked=asked)
         failed = {c: silent.get(c, AWAY) for c in newcomers if c in silent or c not in present}
         replies: dict[str, bytes | None] = {}
         for client in (each for each in there if each not in failed):

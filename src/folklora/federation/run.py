@@ -223,7 +223,7 @@ def compare(
         name = run_name(text, each.seed)
         if progress is not None:
             progress.run(name)
-        summary = _run_or_resume(each, out / name, progress)
+        summary = run_or_resume(each, out / name, progress)
         rows.append({**summary["row"], "variant": text})
         runs.append(name)
         document = {"rows": rows, "runs": runs}
@@ -236,7 +236,8 @@ def run_name(text: str, seed: int) -> str:
     return f"{text.replace(':', '__').replace('/', '_')}-s{seed}"
 
 
-def _run_or_resume(recipe: Recipe, path: Path, progress: Progress | None) -> Summary:
+def run_or_resume(recipe: Recipe, path: Path, progress: Progress | None = None) -> Summary:
+    """The summary of a run: begun, gone on with, or only read; RunError if ``path`` holds another one."""
     if not (path / "recipe.toml").exists():
         return run(recipe, path, progress)
     refuse_another_recipe(recipe, path)
@@ -254,12 +255,16 @@ def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
 
 @dataclass(frozen=True)
 class ClientModel:
-    """One client's model out of a run: its tensors at its own rank, and the setup they belong to."""
+    """One client's model out of a run: its tensors at its own rank, and the setup they belong to.
+
+    ``steps`` is how often it applies a shared block; None: as often as the backbone does.
+    """
 
     setup: Setup
     client: str
     rank: int
     tensors: Tensors
+    steps: int | None = None
 
 
 def client_model(path: str | Path, client: str, *, tuned: bool = False) -> ClientModel:
@@ -272,35 +277,74 @@ def client_model(path: str | Path, client: str, *, tuned: bool = False) -> Clien
     RunError
         If the run has no such client or nothing committed yet.
     """
+    return client_models(path, [client], tuned=tuned)[client]
+
+
+def client_models(
+    path: str | Path, clients: Sequence[str] | None = None, *, tuned: bool = False
+) -> dict[str, ClientModel]:
+    """The same of several clients (default: of all), in their order; the run is read once, and all share a setup."""
     if (brief := MemberFolder(Path(path)).brief()) is not None:
-        if client != brief.client:
-            raise RunError(f"{path}: no client {client!r} in a member's folder; allowed: {brief.client}")
-        setup, tensors = own_model(MemberFolder(Path(path)), brief, tuned=tuned)
-        return ClientModel(setup, client, setup.method.adapter.rank(tensors), tensors)
-    directory = RunDirectory.open(path)
-    if directory.recipe.engine.kind != "local":
-        raise RunError(f"{path}: the members' models are at the members; allowed: a member's folder, .../runs/<run>")
+        for client in clients or ():
+            if client != brief.client:
+                raise RunError(f"{path}: no client {client!r} in a member's folder; allowed: {brief.client}")
+        setup, tensors, steps = own_model(MemberFolder(Path(path)), brief, tuned=tuned)
+        return {brief.client: ClientModel(setup, brief.client, setup.method.adapter.rank(tensors), tensors, steps)}
+    directory = _local(path)
     setup = _prepared(directory)
-    if client not in setup.data.splits:
-        known = ", ".join(list(setup.data.splits)[:12])
-        raise RunError(f"{path}: no client {client!r}; allowed: {known}")
+    wanted = list(setup.data.splits) if clients is None else list(dict.fromkeys(clients))
+    for client in wanted:
+        if client not in setup.data.splits:
+            known = ", ".join(list(setup.data.splits)[:12])
+            raise RunError(f"{path}: no client {client!r}; allowed: {known}")
     patience = setup.recipe.train.patience
     checkpoint = (directory.checkpoint(best=True) if patience is not None else None) or directory.checkpoint()
     if checkpoint is None:
         raise RunError(f"{path}: nothing is committed yet")
     engine = LocalEngine(setup)
-    engine.present(checkpoint.round + 1, [client], 1)  # with the data of now
-    member = engine.members[client]
-    if client in setup.newcomers:
-        settle_in(setup, directory.tensors(checkpoint, checkpoint.server), member, checkpoint.round, tuned=tuned)
-    else:
-        member.restore(directory.tensors(checkpoint, checkpoint.clients[client]))
-        if not tuned and checkpoint.round:
-            reply = intake_of(setup, engine).reply(directory.tensors(checkpoint, checkpoint.server), client)
-            if reply is not None:
-                member.receive(reply)
-    tensors = member.method.model(member.client)
-    return ClientModel(setup, client, member.method.adapter.rank(tensors), tensors)
+    engine.present(checkpoint.round + 1, wanted, 1)  # with the data of now
+    intake, state = intake_of(setup, engine), {}
+    if (checkpoint.round and not tuned) or not set(wanted).isdisjoint(setup.newcomers):
+        state = directory.tensors(checkpoint, checkpoint.server)
+    chosen = _chosen_steps(directory, setup)
+    found = {}
+    for client in wanted:
+        member = engine.members[client]
+        if client in setup.newcomers:
+            settle_in(setup, state, member, checkpoint.round, tuned=tuned)
+        else:
+            member.restore(directory.tensors(checkpoint, checkpoint.clients[client]))
+            if not tuned and checkpoint.round:
+                reply = intake.reply(state, client)
+                if reply is not None:
+                    member.receive(reply)
+        tensors = member.method.model(member.client)
+        steps = chosen.get(client) or setup.steps(client)
+        found[client] = ClientModel(setup, client, member.method.adapter.rank(tensors), tensors, steps)
+    return found
+
+
+def _chosen_steps(directory: RunDirectory, setup: Setup) -> dict[str, int]:
+    """How often clients of a finished run chose to apply a shared block."""
+    if setup.depths is None or not setup.depths.auto or not directory.finished:
+        return {}
+    summary = read_summary(directory)
+    results = {**summary["clients"], **summary.get("newcomers", {}).get("clients", {})}
+    return {client: result["depth"] for client, result in results.items() if "depth" in result}
+
+
+def clients_of(path: str | Path) -> tuple[str, ...]:
+    """Whose models `client_models` gives; RunError where those are elsewhere."""
+    if (brief := MemberFolder(Path(path)).brief()) is not None:
+        return (brief.client,)
+    return tuple(data_of(_local(path).recipe).splits)
+
+
+def _local(path: str | Path) -> RunDirectory:
+    directory = RunDirectory.open(path)
+    if directory.recipe.engine.kind != "local":
+        raise RunError(f"{path}: the members' models are at the members; allowed: a member's folder, .../runs/<run>")
+    return directory
 
 
 def recipe_of(path: str | Path) -> Recipe:

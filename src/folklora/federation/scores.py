@@ -47,7 +47,7 @@ def written_for(splits: Sequence[str]) -> int | None:
 def bounded(score: Score) -> Score:
     """The score in finite numbers: what a diverged model scores is bad, but must be written down, sent and compared."""
     beside = {name: _bounded(value) for name, value in score.beside.items()}
-    return Score(_bounded(score.total), score.units, beside)
+    return Score(_bounded(score.total), score.units, beside, score.steps)
 
 
 def _bounded(value: float) -> float:

@@ -23,6 +23,7 @@ from folklora.data.partition import Split, partition
 from folklora.data.sources import Table, load
 from folklora.errors import RecipeError
 from folklora.federation.budget import Budget
+from folklora.federation.depths import Depths, depths_of, refuse_fixed
 from folklora.federation.guarantees import refuse_unsound
 from folklora.federation.sampling import newcomers
 from folklora.federation.sealing import refuse_unmixable
@@ -59,9 +60,12 @@ class Setup:
     encoded, test_encoded
         Every example of the table and of the common test set, as the task encodes them.
     frozen_features
-        [n, width] float32: the frozen backbone's features of every example; computed once, when first asked for.
+        [n, width] float32: the frozen backbone's features of every example, in as many steps as are named (default:
+        the backbone's); computed once, when first asked for.
     joining
         The method as the recipe's newcomers have it, and the server when it answers them; None: there are none.
+    depths
+        How often clients apply a shared block; None: as often as the backbone does.
     """
 
     recipe: Recipe
@@ -70,8 +74,9 @@ class Setup:
     method: Method
     encoded: list[Any]
     test_encoded: list[Any]
-    frozen_features: Callable[[], Tensor]
+    frozen_features: Callable[..., Tensor]
     joining: Method | None = None
+    depths: Depths | None = None
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -87,6 +92,10 @@ class Setup:
     def ranks(self) -> Mapping[str, int]:
         """Of all of them."""
         return (self.joining or self.method).context.ranks
+
+    def steps(self, client: str) -> int | None:
+        """How often a client applies a shared block, or may; None: as often as the backbone does."""
+        return None if self.depths is None else self.depths.most[client]
 
     def method_of(self, client: str) -> Method:
         """The method as this client has it."""
@@ -131,14 +140,16 @@ def prepare(recipe: Recipe) -> Setup:
     task = task_of(recipe, data.table.classes)
     method, joining = build_methods(recipe, task, ranks)
     _refuse_late_change(recipe, method)
-    key = (recipe.model, _key(recipe.adapter), recipe.data, recipe.seed, recipe.form)
+    depths = client_depths(recipe, task, list(ranks))
+    key = (recipe.model, _key(recipe.adapter), recipe.data, recipe.seed, recipe.form, steps_of(recipe))
     example.refuse(recipe, method)
+    refuse_fixed(recipe, method)
     refuse_unsound(recipe, method)
     refuse_unmaskable(recipe, method)
     refuse_unmixable(recipe, method)
     encoded, test_encoded = _encode(*key)
     frozen = partial(_compute_features, *key)
-    setup = Setup(recipe, data, task, method, encoded, test_encoded, frozen, joining)
+    setup = Setup(recipe, data, task, method, encoded, test_encoded, frozen, joining, depths)
     Budget(recipe, method, setup.sizes).refuse_if_empty()
     return setup
 
@@ -235,12 +246,7 @@ def client_ranks(recipe: Recipe, clients: list[str]) -> dict[str, int]:
     """
     classes = recipe.adapter.device_ranks
     if classes is not None:
-        shares = recipe.adapter.device_shares or [1 / len(classes)] * len(classes)
-        counts = largest_remainder([share * len(clients) for share in shares])
-        dealt = [rank for rank, count in zip(classes, counts, strict=True) for _ in range(count)]
-        order = sorted(clients, key=lambda client: derive(recipe.seed, "device", client))
-        ranks = dict(zip(order, dealt, strict=True))
-        return {client: ranks[client] for client in clients}
+        return _dealt(classes, recipe.adapter.device_shares, recipe.seed, clients)
     rank = recipe.adapter.rank
     if isinstance(rank, int):
         return dict.fromkeys(clients, rank)
@@ -249,6 +255,22 @@ def client_ranks(recipe: Recipe, clients: list[str]) -> dict[str, int]:
             f"adapter.rank lists {len(rank)} ranks for {len(clients)} clients; allowed: one number, or one a client"
         )
     return dict(zip(clients, rank, strict=True))
+
+
+def client_depths(recipe: Recipe, task: Task, clients: list[str]) -> Depths | None:
+    """How often each client applies a shared block; classes of devices are dealt as ranks are."""
+    section = recipe.depth
+    dealt = _dealt(section.device_steps, section.device_shares, recipe.seed, clients) if section.device_steps else None
+    return depths_of(recipe, task.backbone, clients, None if dealt is None else list(dealt.values()))
+
+
+def _dealt(classes: Sequence[int], shares: Sequence[float] | None, seed: int, clients: list[str]) -> dict[str, int]:
+    """Client -> what its class of devices has."""
+    counts = largest_remainder([share * len(clients) for share in shares or [1 / len(classes)] * len(classes)])
+    dealt = [each for each, count in zip(classes, counts, strict=True) for _ in range(count)]
+    order = sorted(clients, key=lambda client: derive(seed, "device", client))
+    found = dict(zip(order, dealt, strict=True))
+    return {client: found[client] for client in clients}
 
 
 _last_seen: dict[str, tuple[tuple[str, int, int], ...]] = {}
@@ -298,10 +320,15 @@ def data_of(recipe: Recipe) -> FederatedData:
 
 def task_of(recipe: Recipe, classes: Sequence[str]) -> Task:
     """The recipe's task for examples of these classes."""
-    task = tasks.build_task(recipe.model, recipe.adapter, recipe.form, classes)
+    task = tasks.build_task(recipe.model, recipe.adapter, recipe.form, classes, steps_of(recipe))
     if recipe.eval.generate:
         refuse_speechless(task)
     return task
+
+
+def steps_of(recipe: Recipe) -> int | None:
+    """How often the recipe has a shared block applied where no client says otherwise; None: as the model does."""
+    return recipe.depth.steps if isinstance(recipe.depth.steps, int) else None
 
 
 # A rank list is not hashable; what the caches depend on is the model, the targets and the data.
@@ -311,15 +338,23 @@ def _key(adapter: AdapterSection) -> AdapterSection:
 
 @lru_cache(maxsize=4)
 def _encode(
-    model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int, form: Form
+    model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int, form: Form, steps: int | None
 ) -> tuple[list[Any], list[Any]]:
     found = federated_data(data, seed, form)
-    task = tasks.build_task(model, adapter, form, found.table.classes)
+    task = tasks.build_task(model, adapter, form, found.table.classes, steps)
     return task.encode(found.table.inputs), task.encode(found.test.inputs) if found.test else []
 
 
 @lru_cache(maxsize=4)
-def _compute_features(model: ModelSection, adapter: AdapterSection, data: DataSection, seed: int, form: Form) -> Tensor:
-    encoded, _ = _encode(model, adapter, data, seed, form)
-    task = tasks.build_task(model, adapter, form, federated_data(data, seed, form).table.classes)
-    return torch.from_numpy(features(task, encoded))
+def _compute_features(
+    model: ModelSection,
+    adapter: AdapterSection,
+    data: DataSection,
+    seed: int,
+    form: Form,
+    steps: int | None,
+    depth: int | None = None,
+) -> Tensor:
+    encoded, _ = _encode(model, adapter, data, seed, form, steps)
+    task = tasks.build_task(model, adapter, form, federated_data(data, seed, form).table.classes, steps)
+    return torch.from_numpy(features(task, encoded, depth=depth))

@@ -11,8 +11,10 @@ from folklora.federation.setup import Setup
 from folklora.recipe import Recipe
 
 
-def own_model(folder: MemberFolder, brief: Brief, *, tuned: bool = False) -> tuple[Setup, Tensors]:
+def own_model(folder: MemberFolder, brief: Brief, *, tuned: bool = False) -> tuple[Setup, Tensors, int | None]:
     """What the member predicts with: after the server's last reply, or (``tuned``) as its own training left it.
+
+    Beside it how often a shared block is applied: as the member chose, or may at most; None: as the backbone does.
 
     Raises
     ------
@@ -33,4 +35,4 @@ def own_model(folder: MemberFolder, brief: Brief, *, tuned: bool = False) -> tup
         if data is None:
             raise RunError(f"{folder.path}: the server's last reply is missing or damaged (parts/{state.reply})")
         member.receive(data)
-    return setup, member.method.model(member.client)
+    return setup, member.method.model(member.client), state.steps or setup.steps(brief.client)

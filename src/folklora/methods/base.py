@@ -319,6 +319,11 @@ class Method:
         n = torch.tensor([message.numbers["examples"] for message in messages.values()], dtype=torch.float64)
         return n / n.sum()
 
+    @property
+    def counts_examples(self) -> bool:
+        """Whether how many examples a client says it has changes what the server makes of uploads."""
+        return self.rounds() > 0 and bool(self.shared(1) or self.shared(2))
+
     def mixing(self, state: State, messages: Mapping[str, Message]) -> Tensor | None:
         """[K, K]: the weight of client j's update in what client i was meant to get; None where nothing is mixed."""
         return self.weights(messages).expand(len(messages), -1) if self.travels else None
@@ -391,6 +396,11 @@ class Method:
             return {}
         pooled = ClassStatistics.from_tensors(kept, self.context.classes, self.context.width)
         return self.starting(ClassStatistics.merge([pooled, self.read_statistics(sketch)]))
+
+    @property
+    def asks_newcomers(self) -> bool:
+        """Whether a newcomer's sketch says anything that its start is made of; if not, it is not asked for one."""
+        return self.options.head_statistics
 
     @property
     def newcomer_lacks(self) -> str | None:

@@ -209,6 +209,10 @@ class CELoRA(DataSimilarity):
         return self._weights(messages, self._mixing(state, messages, self._scaled_cores(messages)))
 
     @property
+    def counts_examples(self) -> bool:
+        return self.options.similarity == "size" or bool(self.shared(1) - {"C"})
+
+    @property
     def must_read(self) -> tuple[str, str] | None:
         options, found = self.options, super().must_read
         if options.scaffold or options.fedopt != "none":
@@ -258,6 +262,10 @@ class CELoRA(DataSimilarity):
         client.notes[TAKEN] = renewal.bias.clone()
 
     # -- who joins late ------------------------------------------------------------------------------------------
+
+    @property
+    def asks_newcomers(self) -> bool:
+        return super().asks_newcomers or (self._mixes_for_newcomers and self.options.uses_data)
 
     @property
     def newcomer_lacks(self) -> str | None:

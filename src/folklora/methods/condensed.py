@@ -311,6 +311,10 @@ class Condensed(Method):
             raise MethodError("the server's training diverged; allowed: a smaller method.server_rate")
         return {**state, **{f"global/{name}": tensor for name, tensor in fitted.items()}}
 
+    @property
+    def counts_examples(self) -> bool:
+        return False
+
     def fitting(self, state: State, messages: Mapping[str, Message]) -> dict[str, Any]:
         """Further arguments of `fit`."""
         return {}

@@ -30,6 +30,10 @@ class Message:
 class ClientData(Protocol):
     """A client's own data as a method may see it: features of the frozen backbone, never raw examples."""
 
+    def quality(self) -> float:
+        """What an audit makes of the training examples, in (0, 1], where ``[audit] weights`` asks for it; else 1."""
+        ...
+
     def features(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
         """([n, d] float32, [n] int64 labels)."""
         ...

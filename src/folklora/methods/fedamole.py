@@ -289,6 +289,11 @@ class FedAMoLE(Method):
             state[f"assigned/{site.name}"] = self._next(round, state, site.name)
         return state
 
+    @property
+    def counts_examples(self) -> bool:
+        others = (kind(name) in {"head", "norm"} for name in super().expected(1, {}, self.context.clients[0]))
+        return self.options.weights == "size" or any(others)
+
     def _told(
         self, state: State, site: str, messages: Mapping[str, Message], held: list[Tensor], shares: Tensor
     ) -> State:

@@ -99,6 +99,11 @@ class HetLoRA(ZeroPadding):
         norms = torch.stack([self.update_norm(message.tensors) for message in messages.values()])
         return norms / norms.sum() if norms.sum() > 0 else self.weights(messages)
 
+    @property
+    def counts_examples(self) -> bool:
+        """Where more travels than factors, whose weights are norms."""
+        return any(kind(name) in {"head", "norm"} for name in self.expected(1, {}, self.context.clients[0]))
+
     def update_norm(self, tensors: Tensors) -> Tensor:
         """``||s B A||_F`` over all sites, a float64 scalar, from Gram matrices alone."""
         squares = torch.zeros((), dtype=torch.float64)

@@ -123,6 +123,10 @@ class Scaffold(Method):
     def weights(self, messages: Mapping[str, Message]) -> Tensor:
         return torch.full((len(messages),), 1 / len(messages), dtype=torch.float64)
 
+    @property
+    def counts_examples(self) -> bool:
+        return False
+
     def reply(self, state: State, client: str) -> Message | None:
         message = super().reply(state, client)
         place = self.context.clients.index(client)

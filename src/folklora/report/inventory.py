@@ -240,6 +240,9 @@ def reported(facts: Facts) -> list[Reported]:
             found.append(Reported("the mean training loss", "each round", "How well its examples are already known."))
         found.append(Reported(f"the {_score(facts)} on its validation split", often, "How well it does."))
     found.append(Reported(f"the {_score(facts)} on its validation and test splits", "at the end", "How well it does."))
+    if facts.recipe.depth.steps == "auto":
+        what = "how often it chose to apply the backbone's shared block"
+        found.append(Reported(what, "at the end", "How its validation split judges fewer steps."))
     if not facts.simulated:
         found += [
             Reported("the SHA-256 of its backbone", "once", "Which public model it uses."),

@@ -232,6 +232,7 @@ def _run_cards(run: Run) -> list[Card]:
         score("Each client's choice", "chosen_mean", "with or without that reply, by validation")
     score("Global model", "global", "on the common test set")
     score("Newcomers", "newcomers", _newcomers_remark(run))
+    add("Depth, mean", "depth_mean", "{:.3g}".format, "times that a client applies the shared block")
     if not run.finished and run.evaluated:
         last, validation = run.evaluated[-1]
         remark = f"after round {last}"
@@ -268,6 +269,7 @@ def _clients_sheet(run: Run, drops: Sequence[tuple[int, str, str]]) -> Sheet:
                 total[client] = total.get(client, 0) + count
     last = run.evaluated[-1][1].clients if run.evaluated else {}
     metric = run.metric or ACCURACY
+    deep = any(result.depth is not None for result in run.results.values())
     beside = [name for name in KNOWN if any(name in result.beside for result in run.results.values())]
     lines = []
     for client in run.clients[:MOST_LINES]:
@@ -282,6 +284,7 @@ def _clients_sheet(run: Run, drops: Sequence[tuple[int, str, str]]) -> Sheet:
                 *(str(number) for number in (size.train, size.validation, size.test)),
                 *(NOTHING if score is None else metric.number(score) for score in scores),
                 *(KNOWN[name].number(others[name]) if name in others else NOTHING for name in beside),
+                *([str(result.depth) if result and result.depth else NOTHING] if deep else []),
                 human_bytes(sent[client]),
                 human_bytes(received[client]),
             ]
@@ -295,6 +298,7 @@ def _clients_sheet(run: Run, drops: Sequence[tuple[int, str, str]]) -> Sheet:
         "test",
         *(title + metric.unit for title in ("last validation", "test", "tuned", "chosen")),
         *(KNOWN[name].words + KNOWN[name].unit for name in beside),
+        *(["depth"] if deep else []),
         "sent",
         "received",
     ]

@@ -30,13 +30,14 @@ INSIGHTS = ("similarity/data", "similarity/model", "similarity/mixed", "weights"
 @dataclass(frozen=True)
 class ClientResult:
     """A client's line in ``summary.json``: the score of its model after the server's last reply, of that before it, and
-    of the one it keeps; ``beside`` are other metrics of the first."""
+    of the one it keeps; ``beside`` are other metrics of the first, ``depth`` how often it applies a shared block."""
 
     score: float
     tuned: float | None
     chosen: float | None
     beside: dict[str, float]
     examples: Examples
+    depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -310,6 +311,7 @@ def _results(summary: Summary, path: Path) -> dict[str, ClientResult]:
             chosen=numbers.get(f"{metric.name}_chosen"),
             beside={name: numbers[name] for name in KNOWN if name in numbers and name != metric.name},
             examples=line.examples,
+            depth=int(numbers["depth"]) if "depth" in numbers else None,
         )
     return results
 

@@ -108,6 +108,7 @@ def columns(metric: Metric) -> list[Column]:
     return [
         score,
         Column("epsilon", "epsilon", "{:.3g}".format),
+        Column("depth", "depth_mean", "{:.3g}".format),
         *others,
         *_beside(metric),
         Column("up / client / round", "bytes_up_per_client_round", human_bytes, counted=True),
@@ -202,6 +203,8 @@ def note(rows: Sequence[Row]) -> str:
         )
     if Spread.of(rows, "epsilon") is not None:
         parts.append("Epsilon: what differential privacy of training has cost; —: there was none.")
+    if Spread.of(rows, "depth_mean") is not None:
+        parts.append("Depth: how often clients apply the backbone's shared block, their mean; —: as often as it does.")
     return " ".join(parts)
 
 

@@ -8,6 +8,7 @@ closes. The result is what training each client alone gives, whatever K is; K = 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,9 @@ class Job:
         Tells several jobs of one client in one round apart; they see the same minibatches in the same order.
     private
         What makes it DP-SGD; see `folklora.training.private`.
+    depths
+        How often a shared block is applied (`folklora.backbones.depth`): each minibatch draws one of these; none: as
+        often as the backbone does.
     """
 
     client: str
@@ -68,6 +72,7 @@ class Job:
     terms: Terms = field(default_factory=Terms)
     branch: str = ""
     private: Private | None = None
+    depths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Slot:
             self.batches = job.private.samples(n, train)
             self.noise = job.private.disturbance()
         self.dropout = torch_generator(seed, "dropout", job.client, job.round)
+        self.depths = _depths(job, len(self.batches), seed)
         self.done = 0
         self.loss = 0.0
         self.seen = 0
@@ -108,10 +114,23 @@ class Slot:
     def finished(self) -> bool:
         return self.done == len(self.batches)
 
+    @property
+    def depth(self) -> int | None:
+        """Of the minibatch in hand."""
+        return self.depths[self.done] if self.depths else None
+
     def learning_rate(self, train: TrainSection) -> float:
         per_round = len(self.batches)
         step = (self.job.round - 1) * per_round + self.done
         return train.lr * self.job.terms.rate * schedule(train, step, max(1, train.rounds) * per_round)
+
+
+def _depths(job: Job, steps: int, seed: int) -> list[int]:
+    """Of each minibatch; they follow from the step, so that several trainings of a client in a round have the same."""
+    if len(job.depths) < 2:
+        return list(job.depths) * steps
+    draws = numpy_generator(seed, "depth", job.client, job.round).integers(len(job.depths), size=steps)
+    return [job.depths[draw] for draw in draws]
 
 
 class CohortTrainer:
@@ -242,7 +261,8 @@ class _Cohort:
             return self._backward_apart(layout)
         labels = torch.from_numpy(np.concatenate([s.job.labels[p] for s, p in zip(self.slots, chosen, strict=True)]))
         stacks = {**self.frozen, **self.rows.leaves}
-        losses, penalised = self._losses(layout, labels, stacks, self.scales, [slot.dropout for slot in self.slots])
+        dropout, depth = ([getattr(slot, name) for slot in self.slots] for name in ("dropout", "depth"))
+        losses, penalised = self._losses(layout, labels, stacks, self.scales, dropout, depth)
         self.rows.grads.zero_()
         penalised.sum().backward()
         return losses.detach()
@@ -256,10 +276,11 @@ class _Cohort:
             owners = part.owners.to(self.device)
             rows = Rows(self.rows.values.detach()[owners], self.shapes)
             stacks = {**{name: tensor[owners] for name, tensor in self.frozen.items()}, **rows.leaves}
+            depth = [self.slots[k].depth for k in part.owners.tolist()]
             places = zip(part.owners.tolist(), part.picks, strict=True)
             # Masks come from nothing but the example and the step, whichever part it is in.
             dropout = [privacy[k].generator(f"dropout/{self.slots[k].done}/{pick}") for k, pick in places if masked]
-            found, penalised = self._losses(part.layout, part.labels, stacks, self.scales[owners], dropout)
+            found, penalised = self._losses(part.layout, part.labels, stacks, self.scales[owners], dropout, depth)
             penalised.sum().backward()
             if self.terms.masks is not None:
                 rows.grads.mul_(self.terms.masks[owners])
@@ -269,16 +290,22 @@ class _Cohort:
         return torch.tensor([sum(own) / max(1, len(own)) for own in losses])
 
     def _losses(
-        self, layout: Any, labels: Tensor, stacks: Tensors, scales: Tensor, dropout: Sequence[torch.Generator]
+        self,
+        layout: Any,
+        labels: Tensor,
+        stacks: Tensors,
+        scales: Tensor,
+        dropout: Sequence[torch.Generator],
+        depth: Sequence[int | None],
     ) -> tuple[Tensor, Tensor]:
         """Of each client of a layout: the data's loss, and what is minimised, which an adapter may add to.
 
-        ``dropout`` is where the masks of each come from.
+        ``dropout`` is where the masks of each come from, ``depth`` how often a shared block is applied to its tokens.
         """
         task, adapter = self.trainer.task, self.trainer.adapter
 
         def made(batch: Batch) -> Bank:
-            bank = plug(adapter, stacks, scales, batch, self.device)
+            bank = plug(adapter, stacks, scales, batch, self.device, task.backbone.depth.of(depth))
             if adapter.dropout:
                 bank.dropout = _Dropout(adapter.dropout, batch, dropout, bank)
             return bank
@@ -399,7 +426,7 @@ class _Dropout:
         self.order = tokens[torch.argsort(segments[tokens] * batch.row_length + positions[tokens])]
         self.rows = segments.numel()
         owners = batch.sequence_clients()[segments[self.order]]
-        self.counts = torch.bincount(owners, minlength=batch.clients).tolist()
+        self.counts: list[int] = torch.bincount(owners, minlength=batch.clients).tolist()
 
     def __call__(self, site: str, width: int) -> Tensor:
         draws = []
@@ -411,6 +438,18 @@ class _Dropout:
         mask = torch.zeros(self.rows, width)
         mask[self.order] = keep.float() / (1 - self.threshold / 65536)
         return mask.to(self.device)
+
+    def narrowed(self, tokens: Tensor, clients: Sequence[bool]) -> _Dropout:
+        """Of some tokens; clients that are done draw no more, as they would not if they were alone."""
+        fewer = copy.copy(self)
+        places = torch.empty(self.rows, dtype=torch.int64)
+        places[tokens] = torch.arange(len(tokens))
+        fewer.order = places[
+            self.order[torch.repeat_interleave(torch.tensor(list(clients)), torch.tensor(self.counts))]
+        ]
+        fewer.counts = [count if live else 0 for count, live in zip(self.counts, clients, strict=True)]
+        fewer.rows = len(tokens)
+        return fewer
 
     def state(self) -> list[Tensor]:
         return [generator.get_state() for generator in self.generators]

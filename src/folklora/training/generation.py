@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -20,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folklora.adapters.lowrank import LowRank, Tensors
+from folklora.adapters.lowrank import LowRank
 from folklora.backbones.batch import Batch, TokenIds
 from folklora.backbones.causal import CausalLM
 from folklora.backbones.conversation import Turns
+from folklora.backbones.task import Plug
 from folklora.errors import BackboneError, RecipeError
 from folklora.randomness import numpy_generator
-from folklora.training.prediction import Question
-from folklora.training.stacks import plug, stack
+from folklora.training.prediction import Plugged, Question, stacked
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,12 @@ def generate(
     *,
     sampling: Sampling = GREEDY,
     tokens: int = 8192,
+    dtype: torch.dtype = torch.float32,
+    plugged: Plugged | None = None,
 ) -> dict[str, list[list[int]]]:
     """What each client's model says to each of its prompts, as token ids without the one that ends it.
 
-    Computed in float32. The answer to a prompt does not depend on what else is in the batch, but for the rounding of
-    sums.
+    The answer to a prompt does not depend on what else is in the batch, but for the rounding of sums.
 
     Parameters
     ----------
@@ -99,6 +101,8 @@ def generate(
         Where an answer ends at the latest; it also ends where the model has no more positions.
     tokens
         About how many tokens are in the cache at once, over all prompts in the batch.
+    dtype, plugged
+        As in `folklora.training.prediction.predict`.
 
     Raises
     ------
@@ -106,7 +110,10 @@ def generate(
         If a prompt leaves the model no position for an answer, or of `refuse_speechless`.
     """
     answers: dict[str, list[list[int]]] = {q.client: [[] for _ in q.examples] for q in questions}
-    for client, prompt, token in stream(task, adapter, questions, max_new_tokens, sampling=sampling, tokens=tokens):
+    made = stream(
+        task, adapter, questions, max_new_tokens, sampling=sampling, tokens=tokens, dtype=dtype, plugged=plugged
+    )
+    for client, prompt, token in made:
         answers[client][prompt].append(token)
     return answers
 
@@ -119,11 +126,13 @@ def stream(
     *,
     sampling: Sampling = GREEDY,
     tokens: int = 8192,
+    dtype: torch.dtype = torch.float32,
+    plugged: Plugged | None = None,
 ) -> Iterator[tuple[str, int, int]]:
     """As `generate`, each token as soon as it is there: (client, number of the prompt, token)."""
     refuse_speechless(task)
     waiting = deque(_rows(task, questions, max_new_tokens, sampling))
-    live = _Live(task, adapter, questions)
+    live = _Live(task, questions, dtype, plugged or partial(stacked, task, adapter))
     while waiting or live.rows:
         room = tokens - sum(row.most for row in live.rows)
         if waiting and (not live.rows or room >= max(tokens // 4, waiting[0].most)):
@@ -181,14 +190,14 @@ def _rows(task: CausalLM, questions: Sequence[Question], max_new_tokens: int, sa
 class _Live:
     """The rows that are being written, and the cache behind them, aligned at its right end."""
 
-    def __init__(self, task: CausalLM, adapter: LowRank, questions: Sequence[Question]) -> None:
+    def __init__(self, task: CausalLM, questions: Sequence[Question], dtype: torch.dtype, plugged: Plugged) -> None:
         self.task = task
-        self.adapter = adapter
         self.questions = questions
-        self.rank = max((question.rank for question in questions), default=1)
+        self.dtype = dtype
+        self.plugged = plugged
         self.rows: list[_Row] = []
         self.cache: Any = None
-        self.stacked: tuple[list[int], Tensors, Tensor] | None = None
+        self.owners: tuple[list[int], Plug] | None = None
 
     def admit(self, rows: list[_Row]) -> Tensor:
         """Read the prompts of new rows and put them behind the others: the logits of their first tokens."""
@@ -225,7 +234,7 @@ class _Live:
         lengths = torch.tensor([len(row.prompt) + len(row.made) for row in rows])
         batch = _left_padded(tokens, lengths, [count for _, count in owners], self.task.backbone.pad_token).to(device)
         width = cache.get_seq_length() + batch.row_length
-        stacks, scales = self._stacks([k for k, _ in owners])
+        bank = self._plug([k for k, _ in owners])(batch)
         inputs = {
             "input_ids": batch.tokens,
             "position_ids": batch.positions,
@@ -239,16 +248,13 @@ class _Live:
             logits: Tensor = model(**taken, past_key_values=cache, use_cache=True).logits
             return logits[:, -1].float()
 
-        return self.task.backbone.run(call, plug(self.adapter, stacks, scales, batch, device), torch.float32)
+        return self.task.backbone.run(call, bank, self.dtype)
 
-    def _stacks(self, owners: list[int]) -> tuple[Tensors, Tensor]:
-        """The tensors of these questions; made anew when others are asked for than the last time."""
-        if self.stacked is None or self.stacked[0] != owners:
-            asked = [self.questions[k] for k in owners]
-            device = self.task.backbone.device
-            scales = torch.tensor([self.adapter.scale(question.rank) for question in asked], device=device)
-            self.stacked = owners, stack([question.tensors for question in asked], self.rank, device), scales
-        return self.stacked[1:]
+    def _plug(self, owners: list[int]) -> Plug:
+        """What plugs in the clients of these questions; made anew when others are asked for than the last time."""
+        if self.owners is None or self.owners[0] != owners:
+            self.owners = owners, self.plugged([self.questions[k] for k in owners])[1]
+        return self.owners[1]
 
 
 def _left_padded(tokens: Sequence[TokenIds], lengths: Tensor, counts: Sequence[int], pad_token: int) -> Batch:

@@ -14,7 +14,12 @@ from folklora.backbones.task import Example, Task
 
 
 def weight_gradients(
-    task: Task, examples: Sequence[Example], labels: np.ndarray, head: Tensors, rows: int = 64
+    task: Task,
+    examples: Sequence[Example],
+    labels: np.ndarray,
+    head: Tensors,
+    rows: int = 64,
+    depth: int | None = None,
 ) -> Tensors:
     """``grad/<site>`` [d_out, d_in] float32: gradient of the mean loss with respect to each adapted layer's weight.
 
@@ -24,6 +29,8 @@ def weight_gradients(
         The client's tensors of `Task.head_shapes`; under a zero head every gradient is zero.
     rows
         Examples of one pass. The result depends on it only where a loss compares examples with each other (captions).
+    depth
+        How often a shared block is applied; None: as often as the backbone does.
     """
     backbone = task.backbone
     device = backbone.device
@@ -45,7 +52,8 @@ def weight_gradients(
     heads = {name: tensor[None].to(device) for name, tensor in head.items()}
 
     def plugged(batch: Batch) -> Bank:
-        return Bank(stacks, {}, batch.token_offsets, batch.token_clients().to(device))
+        owners = batch.token_clients().to(device)
+        return Bank(stacks, {}, batch.token_offsets, owners, depth=backbone.depth.of([depth]))
 
     whole = task.counted(examples)
     for start in range(0, len(examples), rows):

@@ -88,7 +88,10 @@ def secret_seed(secret: int, client: str, round: int, work: Work, moments: Tenso
     digest = hashlib.blake2b(digest_size=16)
     train = {"rounds", "local_epochs", "batch_size", "lr", "optimizer", "optimizer_state"}
     train |= {"momentum", "weight_decay", "warmup", "schedule"}
-    settings = recipe.model_dump_json(include={"train": train, "adapter": True, "privacy": True})
+    about: dict[str, Any] = {"train": train, "adapter": True, "privacy": True}
+    if recipe.depth.said:
+        about["depth"] = True
+    settings = recipe.model_dump_json(include=about)
     terms = work.terms
     digest.update(f"{settings} {terms.proximal!r} {terms.rate!r} {sorted(work.trained)}".encode())
     for part, tensors in enumerate((work.tensors, moments, terms.masks, terms.anchor, terms.correction)):

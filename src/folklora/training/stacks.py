@@ -52,7 +52,14 @@ def stack(clients: Sequence[Tensors], rank: int, device: torch.device) -> Tensor
     }
 
 
-def plug(adapter: LowRank, stacks: Mapping[str, Tensor], scales: Tensor, batch: Batch, device: torch.device) -> Bank:
+def plug(
+    adapter: LowRank,
+    stacks: Mapping[str, Tensor],
+    scales: Tensor,
+    batch: Batch,
+    device: torch.device,
+    depth: Sequence[int] | None = None,
+) -> Bank:
     """The bank that makes a backbone run ``batch`` with these stacks; sites without factors run frozen."""
     owners, real = batch.token_clients().to(device), (batch.segments.reshape(-1) >= 0).to(device)
     sites = {
@@ -65,7 +72,7 @@ def plug(adapter: LowRank, stacks: Mapping[str, Tensor], scales: Tensor, batch: 
         for name, tensor in stacks.items()
         if kind(name) == "norm" and name.endswith(".weight")
     }
-    return Bank(sites, norms, batch.token_offsets, owners)
+    return Bank(sites, norms, batch.token_offsets, owners, depth=depth)
 
 
 class Plugging:

@@ -133,7 +133,8 @@ def test_a_model_that_cannot_is_refused() -> None:
     from transformers import AlbertConfig, AutoModel
 
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "embedding_size": 8}
-    model = AutoModel.from_config(AlbertConfig(vocab_size=20, **sizes), attn_implementation="eager")
+    config = AlbertConfig(vocab_size=20, **sizes, num_hidden_groups=2)  # of one group, the block can be
+    model = AutoModel.from_config(config, attn_implementation="eager")
     backbone = Backbone(model, SimpleNamespace(pad_token_id=0), dtype=torch.float32)
     with pytest.raises(BackboneError, match="model.checkpointing = true: albert"):
         backbone.checkpoint()

@@ -140,6 +140,11 @@ def attack(
             f"method {recipe.method.name!r} sends data that its clients made, and no gradient stands behind it; "
             'allowed: --attack "condensed"'
         )
+    if recipe.depth.train or recipe.depth.device_steps:
+        raise AttackError(
+            "depth.train or depth.device_steps: clients of this recipe work at several depths, and the attacker's copy "
+            "of the model has one; allowed: depth.steps alone"
+        )
     warm = _warm(recipe, run, plan, progress)
     replica = Replica(warm.setup.task, warm.setup.method.adapter, form)
     public, victims = choose(warm.setup, plan.batch, plan.victims, plan.seed)

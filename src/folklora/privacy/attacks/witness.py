@@ -195,6 +195,9 @@ class _Unknown(Exception):
 
 
 class _NoData:
+    def quality(self) -> float:
+        raise _Unknown
+
     def features(self, split: Literal["train", "validation"]) -> tuple[Tensor, Tensor]:
         raise _Unknown
 

@@ -1,0 +1,1 @@
+"""What can be measured of one client's data before it joins; numpy in, numbers out, nothing leaves."""

@@ -24,8 +24,7 @@ def condensed() -> str:
             str(len(found[name])),
             *(human_bytes(_mean(found[name], f"bytes_{way}")) for way in ("up_a_round", "down_a_round", "once")),
             human_bytes(_mean(found[name], "bytes_of_a_client")),
-            f"{100 * _mean(found[name], 'accuracy_mean'):.1f}",
-            f"{100 * _mean(found[name], 'accuracy_worst_tenth'):.1f}",
+            *(_spread(found[name], f"accuracy_{key}") for key in ("mean", "worst_tenth")),
             *(_leak(found[name], metric) for metric in ("hit", "single_hit", "summed_precision")),
         ]
         for name in order
@@ -36,6 +35,13 @@ def condensed() -> str:
 
 def _mean(rows: Sequence[Row], key: str) -> float:
     return statistics.fmean(row[key] for row in rows)
+
+
+def _spread(rows: Sequence[Row], key: str) -> str:
+    """Percent, and ± the standard deviation over seeds."""
+    values = [100 * row[key] for row in rows]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
 
 
 def _leak(rows: Sequence[Row], metric: str) -> str:

@@ -126,8 +126,13 @@ def fitted(rows: Sequence[Row], name: str, metric: str, width: str, sizes: Seque
     rows
         With ``layers``, ``width``'s key, a share under ``"share"``, and numbers under ``validation`` and ``test``.
     sizes
-        D' of each row.
+        D' of each row. A share of the data is one size, whatever part of them a seed drew: seeds of a cell are held
+        out together.
     """
+    drawn: dict[float, list[float]] = {}
+    for row, size in zip(rows, sizes, strict=True):
+        drawn.setdefault(row["share"], []).append(size)
+    sizes = [float(np.mean(drawn[row["share"]])) for row in rows]
     triples = [(row["layers"], row[width], size) for row, size in zip(rows, sizes, strict=True)]
     points = Points.of(triples)
     values = np.array([row["validation"][metric] for row in rows])

@@ -44,6 +44,15 @@ def test_the_largest_are_predicted_from_those_that_are_largest_in_nothing() -> N
     assert found["chosen"] in ("law", "log-linear", "log-quadratic")
 
 
+def test_seeds_whose_data_differ_a_little_are_one_cell() -> None:
+    given = rows(3)
+    same = law.fitted(given, "badges", "accuracy", "width", [1e5 * row["share"] for row in given])
+    sizes = [1e5 * row["share"] * (1 + 1e-3 * (row["seed"] - 1)) for row in given]
+    found = law.fitted(given, "badges", "accuracy", "width", sizes)
+    for one, other in zip(same["predictors"], found["predictors"], strict=True):
+        assert one == pytest.approx(other)
+
+
 def test_an_unfinished_grid_says_so() -> None:
     given = [row for row in rows(1) if row["width"] < 128]
     found = law.fitted(given, "markov", "accuracy", "width", [1e5 * row["share"] for row in given])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ def recipe(tiny_recipe: Callable[..., Recipe], tiny_model: Callable[[str], Path]
     model = f"model.name={tiny_model('albert')}"
     # A member trains alone. Beside others, sums differ in their last digits, and Adam makes much of those.
     return lambda *settings: tiny_recipe(model, "data.limit=120", "train.cohort=1", *settings)
+
+
+@pytest.fixture(scope="module")
+def chosen_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path], tiny_data: Path) -> Path:
+    """A finished run whose clients chose, for tests that damage a copy of it."""
+    model = {"name": str(tiny_model("albert")), "dtype": "float32"}
+    data = {"source": str(tiny_data), "clients": 4, "partition": "dirichlet", "alpha": 1.0, "limit": 120}
+    asked = Recipe.parse({"model": model, "data": data}, ("adapter.rank=4", "train.rounds=1", *AUTO))
+    run(asked, path := tmp_path_factory.mktemp("chosen") / "run")
+    return path
 
 
 def scored(path: Path, client: str, steps: int, split: str, recipe: Recipe) -> float:
@@ -166,6 +177,28 @@ def test_clients_choose_the_fewest_steps_within_the_tolerance(
         assert at_depth(tmp_path / "run", client_model(tmp_path / "run", client), "auto").steps == min(good)
     if tolerance == "1.0":
         assert summary["row"]["depth_mean"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("written", "line"),
+    [
+        ({"0": {"depth": "3"}}, "client '0': depth '3'; allowed: one of 2, 3, 6"),
+        ({"0": {"depth": 3.0}}, "client '0': depth 3.0; allowed: one of 2, 3, 6"),
+        ({"0": {"depth": 4}}, "client '0': depth 4; allowed: one of 2, 3, 6"),
+        ({"0": {}}, "client '0': depth None; allowed: one of 2, 3, 6"),
+        ({"0": 5}, "clients: not what a run ends with"),
+        ([], "clients: not what a run ends with"),
+        (None, "clients: not what a run ends with"),
+    ],
+)
+def test_a_damaged_choice_is_one_line(tmp_path: Path, chosen_run: Path, written: Any, line: str) -> None:
+    path = Path(shutil.copytree(chosen_run, tmp_path / "run"))
+    summary = json.loads((path / "summary.json").read_text())
+    summary["clients"] = written
+    (path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(RunError) as caught:
+        predict(path, "0", ["w1"])
+    assert str(caught.value) == f"{path / 'summary.json'}: {line}"
 
 
 def test_the_test_split_is_read_at_one_depth(

@@ -93,6 +93,29 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     kill_and_resume(recipes, (0.13, 0.44, 0.98), tmp_path, facts)
 
 
+def test_killed_while_the_last_round_is_tidied_up(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, facts: Facts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe("method.name=fedit")
+    run(recipe, tmp_path / "whole")
+
+    class Killed(Exception): ...
+
+    sweep = RunDirectory.sweep
+
+    def killed(self: RunDirectory) -> None:
+        if (last := self.checkpoint()) is not None and last.round == recipe.train.rounds:
+            raise Killed
+        sweep(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "sweep", killed)
+        with pytest.raises(Killed):
+            run(recipe, tmp_path / "killed")
+    resume(tmp_path / "killed")
+    assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_killed_at_every_event_of_a_run(

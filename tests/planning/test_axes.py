@@ -42,6 +42,13 @@ def test_levels_rise_and_what_is_not_named_is_the_recipes(recipe: Recipe) -> Non
         (["layers"], "allowed: NAME=LEVEL,LEVEL,..."),
         (["layers=1", "layers=2"], "is given twice"),
         (["layers=1,1"], "names a level twice"),
+        (
+            [
+                "adapter.rank=" + ",".join(map(str, range(1, 201))),
+                "data=" + ",".join(f"{i / 99:.4f}" for i in range(1, 52)),
+            ],
+            "10,200 combinations; allowed: at most 10,000",
+        ),
         (["layers=1,3"], "the recipe adapts 2 layers; allowed: 1 to 2"),
         (["layers=0"], "'0'; allowed: whole numbers from 1"),
         (["adapter.rank=2.5"], "'2.5'; allowed: whole numbers from 1"),

@@ -93,6 +93,22 @@ def test_larger_cells_are_predicted_from_the_smaller(recipe: Recipe, tmp_path: P
     assert document["smallest_alike"]["parameters"] <= best["parameters"]
 
 
+def test_a_step_along_a_size_that_was_not_held_out_is_said_to_be_untested(
+    folklora: Callable[..., Any], recipe: Recipe, tmp_path: Path, finished: Made
+) -> None:
+    axes = replace(AXES, rank=(1, 2, 4, 8, 16), data=(0.25, 0.5, 1.0))
+    runs = finished(axes.small())  # two shares of the data, four ranks
+    document = planned(recipe, tmp_path / "plan", runs, axes)
+    assert all(row["untested"] == (row["data"] == 1) for row in document["cells"])
+    assert document["best"]["untested"]
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    shown = folklora("plan", tmp_path / "recipe.toml", "--axes", "adapter.rank=1,2,4,8,16", "--axes", "layers=1,2",
+                     "--axes", "data=0.25,0.5,1", *(word for run in runs for word in ("--from", run)),
+                     "--out", tmp_path / "shown")  # fmt: skip
+    assert shown.code == 0
+    assert "untested" in shown.out
+
+
 def test_what_a_cell_costs_is_what_inspect_says(recipe: Recipe) -> None:
     made = recipe_of(Cell(1, 8, 0.5), recipe, 0)
     cost, told, setup = cost_of(made), inspect(made), prepare(made)
@@ -139,6 +155,13 @@ def test_nothing_is_said_of_what_is_too_far(recipe: Recipe, tmp_path: Path, fini
     assert document["best"]["rank"] == 16
 
 
+def test_where_all_is_too_far_nothing_is_run(recipe: Recipe, tmp_path: Path, finished: Made) -> None:
+    runs = finished(replace(AXES, rank=(1, 2, 4, 8)).cells())
+    with pytest.raises(PlanError, match="more than 2 times as large or as small as all that is measured"):
+        planned(recipe, tmp_path / "plan", runs, replace(AXES, rank=(32,)))
+    assert not (tmp_path / "plan").exists()
+
+
 def test_chance_is_refused_with_what_was_measured_kept(recipe: Recipe, tmp_path: Path, finished: Made) -> None:
     draws = iter(np.random.default_rng(0).standard_normal(24))
     runs = finished(AXES.small(), lambda _: 0.5 + 0.01 * next(draws))
@@ -164,6 +187,32 @@ def test_runs_that_cannot_be_read_together(recipe: Recipe, tmp_path: Path, finis
     with pytest.raises(RunError, match="adapts other layers than the topmost 1 of the recipe's"):
         planned(recipe, tmp_path / "plan", runs[1:])
     assert not (tmp_path / "plan").exists()
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        "[]",
+        "{}",
+        '{"row": 3}',
+        '{"row": {"metric": [], "higher": true, "validation_mean": 0.5, "seconds_total": 1.0}}',
+        '{"row": {"metric": "accuracy", "higher": true, "validation_mean": 0.5}}',
+        '{"row": {"metric": "accuracy", "higher": true, "validation_mean": NaN, "seconds_total": 1.0}}',
+        '{"row": {"metric": "accuracy", "higher": true, "validation_mean": "high", "seconds_total": 1.0}}',
+        '{"row": {"metric": "accuracy", "higher": true, "validation_mean": 0.5, "seconds_total": 1e999}}',
+    ],
+)
+def test_a_damaged_summary_is_named(recipe: Recipe, tmp_path: Path, finished: Made, summary: str) -> None:
+    runs = finished([Cell(1, 1, 0.5)])
+    (runs[0] / "summary.json").write_text(summary)
+    with pytest.raises(RunError, match=re.escape(str(runs[0]))):
+        planned(recipe, tmp_path / "plan", runs)
+
+
+def test_a_run_that_is_given_twice_is_read_once(recipe: Recipe, tmp_path: Path, finished: Made) -> None:
+    runs = finished(AXES.small())
+    document = planned(recipe, tmp_path / "plan", [*runs, runs[0], runs[0].parent / "." / runs[0].name])
+    assert len(document["runs"]) == 20
 
 
 def test_refused_before_any_run(recipe: Recipe, tmp_path: Path) -> None:

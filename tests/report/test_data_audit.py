@@ -223,6 +223,32 @@ def test_where_nothing_can_be_written(folklora: Callable[..., Any], tmp_path: Pa
     assert blocked.read_text() == "in the way"
 
 
+def test_what_is_asked_wrong_is_refused_before_the_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for wrong, said in (({"epsilon": 0.0}, "epsilon = 0"), ({"to": tmp_path / "file"}, "allowed: a folder")):
+        with pytest.raises(DataError, match=said):
+            audit_file(tmp_path / "nowhere.csv", **wrong)
+
+
+def test_a_recipe_that_weighs_by_the_audit_is_said_to_tell_more(tiny_recipe: Any, tmp_path: Path) -> None:
+    file = written(tmp_path)
+    plain = audit_file(file, tiny_recipe())
+    assert not any("quality" in line for line in plain["leaves"])
+    document = audit_file(file, tiny_recipe("audit.weights=both"), to=tmp_path / "out")
+    (line,) = (line for line in document["leaves"] if "quality" in line)
+    assert f"{document['quality']['both']:.3g}" in line
+    assert "without noise" in line
+    assert line in text_of(tmp_path / "out" / "audit.html")
+
+
+def test_less_than_no_uncertainty_is_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text\n" + "a b\n" * 50)
+    document = audit_file(tmp_path / "rows.csv", to=tmp_path / "out")
+    assert document["surrogates"]["observed"] < 0  # as `approximate_entropy` says of very short texts
+    assert not (tmp_path / "out" / "figures" / "order.png").exists()
+    assert "below 0" in text_of(tmp_path / "out" / "audit.html")
+
+
 # -- in a browser ------------------------------------------------------------------------------------------------------
 
 

@@ -114,5 +114,5 @@ def _between(row: Mapping[str, Any], metric: Any) -> str:
 def _notes(row: Mapping[str, Any], document: Mapping[str, Any]) -> list[str]:
     found = [] if row["within_budget"] else ["over budget"]
     if row["extrapolated"]:
-        found.append("extrapolated")
+        found.append("extrapolated, untested" if row["untested"] else "extrapolated")
     return found + [words.replace("_", " ") for words in ("best", "smallest_alike") if row == document[words]]

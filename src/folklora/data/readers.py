@@ -21,6 +21,7 @@ Reader = Callable[[Path, list[str]], Columns]
 
 
 def read_delimited(path: Path, wanted: list[str], delimiter: str) -> Columns:
+    csv.field_size_limit(2**31 - 1)  # of the process; a sequence of events is longer than csv's 128 KiB
     reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
     names: list[str] = []
     at: dict[str, int] = {}
@@ -69,7 +70,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _DECODER.decode(line)
         except (ValueError, RecursionError) as error:
             problem = f"not JSON: {first_line(error)}"
             raise DataError(f"{path}: line {number}: {problem}; allowed: one JSON object a line") from None
@@ -80,6 +81,19 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"line {number}", row
     if not found:
         raise DataError(f"{path}: empty file; allowed: at least one JSON object")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError where a name is there twice: which of the two is meant, nobody knows."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{short(name)} is there twice")
+        found[name] = value
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _text(path: Path) -> str:
@@ -101,7 +115,7 @@ def read_parquet(path: Path, wanted: list[str]) -> Columns:
         places = numbered_rows(str(path), file.metadata.num_rows)
         table = file.read(columns=wanted)
         values = {name: table.column(name).to_pylist() for name in wanted}
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: a value that Python lacks
         raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}; allowed: Parquet") from None
     return Columns(str(path), places, values, path.parent)
 

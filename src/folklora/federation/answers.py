@@ -137,8 +137,10 @@ def respond(
     if setup.recipe.model.task == "causal-lm":
         return _written(pool, setup.recipe.eval.max_new_tokens, asked)
     found: list[dict[str, Any]] = [{} for _ in asked]
-    for texts in dict.fromkeys(request.texts for request in asked):
-        places = [i for i, request in enumerate(asked) if request.texts == texts]
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for i, request in enumerate(asked):
+        alike.setdefault(request.texts, []).append(i)
+    for texts, places in alike.items():
         # Texts to choose from are class names whose prompts are themselves.
         backbone: Any = setup.task.backbone
         task = ImageText(backbone, texts, template="{}") if texts else setup.task

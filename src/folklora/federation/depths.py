@@ -68,9 +68,10 @@ class Depths:
         MessageError
             If it had no choice, or not that one.
         """
-        if (steps is not None) != chosen or (steps is not None and steps not in self.choices(client)):
-            allowed = f"one of {', '.join(map(str, self.choices(client)))}" if chosen else "nothing to choose here"
-            raise MessageError(f"depth {steps}; allowed: {allowed}")
+        choices = self.choices(client)  # and in JSON 3.0 is not 3
+        if (steps is not None) != chosen or (steps is not None and (type(steps) is not int or steps not in choices)):
+            allowed = f"one of {', '.join(map(str, choices))}" if chosen else "nothing to choose here"
+            raise MessageError(f"depth {steps!r}; allowed: {allowed}")
 
 
 def depths_of(recipe: Recipe, backbone: Frozen, clients: Sequence[str], dealt: Sequence[int] | None) -> Depths | None:

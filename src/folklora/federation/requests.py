@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,17 +58,43 @@ def predict_requests(
         If ``out`` exists or cannot be written, or as `client_models`.
     """
     if out is not None and os.path.lexists(out):
-        raise RunError(f"{out} already exists; nothing was overwritten")
+        raise _taken(out)
     asked = read_requests(Path(requests), recipe_of(path), clients_of(path))
+    if out is not None:
+        _refuse_unwritable(Path(out))
     models = client_models(path, list(dict.fromkeys(request.client for request in asked)))
     found = [
         {CLIENT: request.client, **_renamed(answer, models[request.client].setup.recipe)}
         for request, answer in zip(asked, respond(models, asked, precision), strict=True)
     ]
     if out is not None:
-        with reported(Path(out)):
-            write_whole(Path(out), lines_of(found).encode())
+        _write_new(Path(out), lines_of(found).encode())
     return found
+
+
+def _taken(out: str | Path) -> RunError:
+    return RunError(f"{out} already exists; nothing was overwritten")
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Raises RunError where its folder takes no file; better now than when all is answered."""
+    with reported(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+
+
+def _write_new(out: Path, data: bytes) -> None:
+    """Whole or not at all; of two that write at once, the second is refused."""
+    with reported(out):
+        try:
+            os.close(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            raise _taken(out) from None
+        try:
+            write_whole(out, data)
+        except BaseException:
+            out.unlink(missing_ok=True)
+            raise
 
 
 def lines_of(answers: Sequence[Mapping[str, Any]]) -> str:
@@ -96,11 +123,11 @@ def read_requests(file: Path, recipe: Recipe, clients: Sequence[str]) -> list[Re
     names = (CLIENT, *musts, *mays)
     values = {name: [row.get(name) for _, row in rows] for name in names}
     columns = Columns(str(file), [place for place, _ in rows], values, file.parent)
-    found = []
+    found, known = [], frozenset(clients)
     for at, (place, row) in enumerate(rows):
         _refuse_fields(f"{file}: {place}", row, names, (CLIENT, *musts))
         client = columns.name(at, CLIENT)
-        if client not in clients:
+        if client not in known:
             raise columns.blame(at, CLIENT, f"no client {client!r}; allowed: {listed(clients)}")
         if "image" in musts:
             texts = _texts(columns, at) if "texts" in row else ()

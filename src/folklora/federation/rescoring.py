@@ -55,5 +55,9 @@ def evaluate(
     scores = {client: bounded(setup.task.score(answers[own], labels)) for client, (own, labels) in owned.items()}
     found = {"split": split, "precision": precision, **summarise(scores, setup.task.metric)}
     if split == "test":
-        found["run"] = read_summary(directory)["row"][f"{setup.task.metric.name}_mean"]
+        name = f"{setup.task.metric.name}_mean"
+        try:
+            found["run"] = read_summary(directory)["row"][name]
+        except (KeyError, TypeError):
+            raise RunError(f"{directory.path / 'summary.json'}: row: no {name}, which a run ends with") from None
     return found

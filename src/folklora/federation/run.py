@@ -21,7 +21,7 @@ from folklora import __version__
 from folklora.adapters.lowrank import Tensors
 from folklora.backbones.metric import Metric, same_metric
 from folklora.data.partition import to_json
-from folklora.errors import RecipeError, RunError
+from folklora.errors import MessageError, RecipeError, RunError
 from folklora.federation.contract import CONTRACT, Contract
 from folklora.federation.engine import Engine
 from folklora.federation.faults import with_faults
@@ -139,6 +139,7 @@ def play(
         insight = setup.method.insight(rounds.state)
         if insight:
             directory.write("insight.safetensors", safetensors.torch.save(insight))
+        directory.sweep()  # it may have been killed while the last round's commit did
         directory.write("summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
     return summary
 
@@ -328,9 +329,18 @@ def _chosen_steps(directory: RunDirectory, setup: Setup) -> dict[str, int]:
     """How often clients of a finished run chose to apply a shared block."""
     if setup.depths is None or not setup.depths.auto or not directory.finished:
         return {}
-    summary = read_summary(directory)
-    results = {**summary["clients"], **summary.get("newcomers", {}).get("clients", {})}
-    return {client: result["depth"] for client, result in results.items() if "depth" in result}
+    summary, where = read_summary(directory), directory.path / "summary.json"
+    try:
+        results = {**summary["clients"], **summary.get("newcomers", {}).get("clients", {})}
+        found = {client: result.get("depth") for client, result in results.items()}
+        for client, steps in found.items():
+            try:
+                setup.depths.check(client, steps, chosen=True)
+            except MessageError as error:
+                raise RunError(f"{where}: client {client!r}: {error}") from None
+    except (AttributeError, KeyError, TypeError):
+        raise RunError(f"{where}: clients: not what a run ends with") from None
+    return found
 
 
 def clients_of(path: str | Path) -> tuple[str, ...]:

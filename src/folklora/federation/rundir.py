@@ -185,7 +185,7 @@ class RunDirectory:
                     self.write(BEST_BEFORE, best.to_json().encode())
                 self.write(BEST, encoded)
             self.write(CURRENT, encoded)
-            self._sweep()
+            self.sweep()
         return after
 
     def _append(self, line: Mapping[str, Any], after: int) -> tuple[int, str]:
@@ -229,13 +229,14 @@ class RunDirectory:
         except (OSError, ValueError):
             raise RunError(f"{path}: missing or damaged; allowed: the file that this run began with") from None
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         """Remove files that no kept checkpoint names."""
         named = {name for checkpoint in self.kept() for name in (checkpoint.server, *checkpoint.clients.values())}
-        for folder in ("clients", "server"):
-            for path in (self.path / folder).rglob("*"):
-                if path.is_file() and path.relative_to(self.path).as_posix() not in named:
-                    path.unlink()
+        with _reported(self.path):
+            for folder in ("clients", "server"):
+                for path in (self.path / folder).rglob("*"):
+                    if path.is_file() and path.relative_to(self.path).as_posix() not in named:
+                        path.unlink()
 
     # -- reading back --------------------------------------------------------------------------------------------
 

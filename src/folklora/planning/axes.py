@@ -5,6 +5,7 @@ For adapters N is the number of adapted layers and d is the rank: our extension 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,6 +92,9 @@ def parse_axes(texts: Sequence[str], recipe: Recipe) -> Axes:
     rank = recipe.adapter.rank
     if RANK not in given and (not isinstance(rank, int) or recipe.adapter.device_ranks):
         raise RecipeError("--axes without adapter.rank, and the recipe has several ranks; allowed: adapter.rank=...")
+    cells = math.prod(len(levels) for levels in given.values())
+    if cells > MOST_CELLS:
+        raise RecipeError(f"--axes: {cells:,} combinations; allowed: at most {MOST_CELLS:,}")
     return Axes(
         given.get(LAYERS, (max(1, len(sites)),)),
         given.get(RANK, (rank,)),

@@ -5,6 +5,7 @@ The test split is never looked at: a plan chooses, and what chooses must not be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -120,17 +121,21 @@ def observe(path: Path, summary: Summary, cell: Cell, seed: int) -> Observation:
     Raises
     ------
     RunError
-        If it has no validation score.
+        If it has no validation score, or is damaged.
     """
-    row: dict[str, Any] = summary["row"]
-    value = row.get("validation_mean")
-    if value is None:
-        raise RunError(f"{path}: the run has no validation score")
-    return Observation(cell, seed, float(value), float(row["seconds_total"]), path.name)
+    row: Any = summary.get("row") if isinstance(summary, dict) else None
+    if not isinstance(row, dict) or not isinstance(row.get("metric", ""), str):
+        raise RunError(f"{path}: summary.json is not what a run writes; allowed: one that no one changed")
+    found: dict[str, Any] = {"validation score": row.get("validation_mean"), "time": row.get("seconds_total")}
+    for what, value in found.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise RunError(f"{path}: the run has no {what} that is a number; allowed: runs that were validated")
+    value, seconds = found.values()
+    return Observation(cell, seed, float(value), float(seconds), path.name)
 
 
 def metric_in(summary: Summary) -> Metric:
-    """What a run was judged by."""
+    """What a run was judged by; of one that `observe` has read."""
     return metric_of(summary["row"])
 
 
@@ -144,7 +149,7 @@ def read_runs(paths: Sequence[Path], recipe: Recipe) -> list[tuple[Observation, 
         in other layers than the topmost ones.
     """
     found = []
-    for path in paths:
+    for path in {path.resolve(): path for path in paths}.values():  # a run is one, however often it is named
         directory = RunDirectory.open(path)
         if not directory.finished:
             raise RunError(f"{path}: the run is not finished; allowed: `folklora resume {path}` first")

@@ -36,7 +36,7 @@ from folklora.planning.observations import (
     read_runs,
     regularity_of,
 )
-from folklora.planning.points import Floats, Points
+from folklora.planning.points import AXES, Floats, Points
 from folklora.recipe import Recipe
 
 Measure = Literal["small", "all", "none"]
@@ -144,6 +144,11 @@ def plan(
     known = list(dict.fromkeys([*(each.cell for each, _ in read), *(cell for cell, _ in wanted)]))
     if why := too_few(candidates.points(known)):
         raise PlanError(f"{len(known)} cells are too few to fit and to check a law ({why}); allowed: more levels")
+    if all(_far(cell, known) for cell in choices):
+        raise PlanError(
+            f"all that could be chosen is more than {FAR:g} times as large or as small as all that is measured, in one "
+            "size or more; allowed: levels that are nearer"
+        )
     read += _measured(recipe, wanted, out, progress)
     metric = same_metric((each.run, metric) for each, metric in read)
     observed = [each for each, _ in read]
@@ -221,11 +226,13 @@ def _estimates(
     most = 1.0 if metric.percent else np.inf  # no law knows that a share ends there
     seconds = _seconds(candidates, observed)
     low, high = points.sizes.min(0), points.sizes.max(0)
+    tried = np.array([len(points.levels(axis)) > 2 for axis in range(len(AXES))])  # else its largest was not held out
     rows = []
     for place, cell in enumerate(candidates.cells):
         cost, sizes = candidates.costs[cell], asked.sizes[place]
-        outside = bool(((sizes < low * (1 - 1e-9)) | (sizes > high * (1 + 1e-9))).any())
-        far = bool(((sizes < low / FAR) | (sizes > high * FAR)).any())
+        beyond = (sizes < low * (1 - 1e-9)) | (sizes > high * (1 + 1e-9))
+        outside = bool(beyond.any())
+        far = _far(cell, [each.cell for each in observed])
         own = [each.value for each in observed if each.cell == cell]
         value, reach = float(predicted[place]), verdict.reach(outside)
         rows.append(
@@ -242,10 +249,18 @@ def _estimates(
                 "low": None if far else min(value - reach, most),
                 "high": None if far else min(value + reach, most),
                 "extrapolated": outside,
+                "untested": bool((beyond & ~tried).any()),
                 "within_budget": budget.allows(cost, float(seconds[place])),
             }
         )
     return rows
+
+
+def _far(cell: Cell, measured: Sequence[Cell]) -> bool:
+    """Whether a size is more than `FAR` times off; of the data their share, as D' more than doubles with it."""
+    sizes = np.array([each.sizes for each in measured], dtype=np.float64)
+    own, slack = np.array(cell.sizes, dtype=np.float64), FAR * (1 + 1e-9)
+    return bool(((own < sizes.min(0) / slack) | (own > sizes.max(0) * slack)).any())
 
 
 def _seconds(candidates: Candidates, observed: Sequence[Observation]) -> Floats:

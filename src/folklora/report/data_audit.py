@@ -16,6 +16,7 @@ from typing import Any
 from folklora.data.audit.audit import Document
 from folklora.data.audit.audit import audit as audit_of
 from folklora.data.audit.reading import read_rows, read_rows_as
+from folklora.data.audit.release import require_epsilon
 from folklora.errors import DataError
 from folklora.recipe import Recipe
 from folklora.report.figures_data import DATA_PICTURES
@@ -50,13 +51,16 @@ def audit_file(
     FolkLoraError
         The file cannot be read as that, or nothing can be written to the folder.
     """
+    require_epsilon(epsilon)
+    if to is not None and Path(to).exists() and not Path(to).is_dir():
+        raise DataError(f"{to}: is no folder; allowed: a folder, new or not")
     if recipe is None:
         rows = read_rows(path, text=text, items=items, label=label)
     elif items is not None:
         raise DataError(f"--items {items} with a recipe, whose examples are texts; allowed: --text, or no recipe")
     else:
         rows = read_rows_as(path, recipe.data, recipe.form, text=text, label=label)
-    document = audit_of(rows, epsilon=epsilon)
+    document = audit_of(rows, epsilon=epsilon, weights="none" if recipe is None else recipe.audit.weights)
     if to is not None:
         write_data_audit(document, Path(to))
     return document
@@ -118,12 +122,14 @@ def _cards(document: Mapping[str, Any]) -> list[Card]:
     unit = "words" if document["data"]["kind"] == "text" else "items"
     ratio = next(measure for measure in document["measures"] if measure["name"] == "Ratio to shuffled data")
     labels = found["effective_labels"]
+    shown = "of what random order has; 1 is noise" if ratio["why"] is None else f"not measurable: {ratio['why']}"
+    below = ratio["value"] is not None and ratio["value"] < 0
     cards = [
         Card("Status", told["status"], told["means"]),
         Card("Examples", f"{found['examples']:,}", f"{found['empty']:,} without a word" if found["empty"] else ""),
         Card("Copies", f"{copies['near']['share']:.1%}", f"{copies['exact']['share']:.1%} to the letter"),
-        Card("Regularity", NOTHING if ratio["value"] is None else f"{ratio['value']:.2f}",
-             "of what random order has; 1 is noise" if ratio["why"] is None else f"not measurable: {ratio['why']}"),
+        Card("Regularity", NOTHING if ratio["value"] is None or below else f"{ratio['value']:.2f}",
+             "below 0: the texts are too short for it" if below else shown),
         Card("Vocabulary", f"{found['vocabulary']:,}", f"{found['tokens']:,} {unit} in all"),
     ]  # fmt: skip
     if labels["value"] is not None:

@@ -99,8 +99,8 @@ def copies(document: Mapping[str, Any], theme: ThemeName = "light") -> Figure | 
 def order(document: Mapping[str, Any], theme: ThemeName = "light") -> Figure | None:
     """Approximate entropy of the data beside that of the same words in random order."""
     found = document["surrogates"]
-    if found["observed"] is None or not found["mean"] > 0:
-        return None
+    if found["observed"] is None or found["observed"] < 0 or not found["mean"] > 0:
+        return None  # below 0 where texts are very short: no length of a bar
     with drawing(theme) as colors:
         figure = canvas(2.0)
         ax = clean(figure.subplots(), colors, "x")

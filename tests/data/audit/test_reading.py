@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,12 @@ def test_what_cannot_be_read_is_one_line(
     assert told.err.count("\n") == 1
 
 
+def test_a_files_name_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.csv")
+    path.write_text("text\none\n")
+    assert read_rows(path).name == "\\udcff.csv"
+
+
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(DataError, match="no such file"):
@@ -108,6 +115,27 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_bytes(b"text\n\xff\xfe\n")
     with pytest.raises(DataError, match="line 2: not UTF-8"):
         read_rows(tmp_path / "rows.csv")
+
+
+def test_one_field_may_hold_a_long_sequence(tmp_path: Path) -> None:
+    long = " ".join(["12", "7"] * 50_000)  # more than csv's own limit for a field
+    rows = read_rows(written(tmp_path, "rows.tsv", f"items\n{long}\n1 2\n"), items="items")
+    assert [len(example) for example in rows.examples] == [100_000, 2]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([10**9], pa.int32()).cast(pa.date32()),
+        pa.array([2**62]).cast(pa.duration("s")),
+        pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")),
+    ],
+    ids=["a date beyond calendars", "a span beyond them", "a string that is no text"],
+)
+def test_parquet_values_that_cannot_be_had(tmp_path: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"text": ["one"], "kind": column}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"not a readable Parquet file: .*; allowed: Parquet"):
+        read_rows(tmp_path / "rows.parquet", label="kind")
 
 
 # -- with a recipe's columns -------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def test_the_first_status_that_holds(count: int, different: int, regularity: flo
     assert release(exact_duplicates(examples), [measure]).status == status
 
 
-@pytest.mark.parametrize("epsilon", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("epsilon", [0.0, -1.0, 1e-320, 2e6, math.inf, math.nan])
 def test_an_epsilon_that_is_none_is_refused(epsilon: float) -> None:
     with pytest.raises(DataError, match="epsilon = .*; allowed: a number above 0"):
         told(texts(5), epsilon)

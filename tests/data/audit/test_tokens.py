@@ -86,3 +86,15 @@ def test_words_of_a_text():
     assert words("?! …") == []
     assert normalised(" Straße\n\tX ") == "strasse x"
     assert Tokens.words(["One two", "", "TWO"]).codes.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("ids", [[2**63 + 1, -1, 2**63 + 2], [2**63, 1, 2**63 + 1], [10**30, -(10**30), 3]])
+def test_ids_beyond_64_bits_stay_themselves(ids: list[int]) -> None:
+    assert Tokens.of([*ids, ids[0]]).codes.tolist() == [0, 1, 2, 0]
+    assert Tokens.joined([ids, [ids[2]]]).codes.tolist() == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("ids", [[2**63, 1.0], [1, 2.0], [2**63, None, -1], [True, False]])
+def test_no_other_numbers_pass_as_ids(ids: list[object]) -> None:
+    with pytest.raises(ValueError, match="ids must be integers or strings"):
+        Tokens.of(ids)

@@ -134,6 +134,35 @@ def test_answers_go_into_a_new_file(finished: Finished, tmp_path: Path) -> None:
         predict_requests(run, path, "/proc/answers.jsonl")
 
 
+def test_a_place_that_takes_no_answers_is_refused_before_there_are_any(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, path = finished("text"), written(tmp_path, [GOOD])
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(asking, "client_models", lambda *_: pytest.fail("models were loaded"))
+    for place in ("/proc/answers.jsonl", tmp_path / "file" / "answers.jsonl"):
+        with pytest.raises(RunError, match="cannot be written"):
+            predict_requests(run, path, place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_another_wrote_meanwhile_is_not_overwritten(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, path, out = finished("text"), written(tmp_path, [GOOD]), tmp_path / "answers.jsonl"
+    answer = asking.respond
+
+    def slowly(*given: Any) -> Any:
+        out.write_text("another's")
+        return answer(*given)
+
+    monkeypatch.setattr(asking, "respond", slowly)
+    with pytest.raises(RunError, match=r"answers\.jsonl already exists; nothing was overwritten"):
+        predict_requests(run, path, out)
+    assert out.read_text() == "another's"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["answers.jsonl", "requests.jsonl"]
+
+
 GOOD = {"client": "0", "text": "w1"}
 
 
@@ -151,6 +180,7 @@ GOOD = {"client": "0", "text": "w1"}
         ("text", {"client": "0", "text": "w1", "image": "x"}, "line 3: unknown 'image'; allowed: 'client', 'text'"),
         ("text", "[1, 2]", "line 3: [1, 2] is no JSON object; allowed: one JSON object a line"),
         ("text", '{"client": "0",', "line 3: not JSON: "),
+        ("text", '{"client": "0", "client": "1", "text": "w1"}', "line 3: not JSON: 'client' is there twice"),
         ("llama", {"client": "0", "text": "w1"}, "line 3: unknown 'text'; allowed: 'client', 'prompt'"),
         ("vit", {"client": "0", "image": "absent.png"}, "line 3, column 'image': 'absent.png': no such file"),
         ("vit", {"client": "0", "image": "/etc/passwd"}, "'/etc/passwd' leads out of the folder"),
@@ -254,6 +284,10 @@ def test_the_test_split_is_for_finished_runs(finished: Finished, tmp_path: Path)
     with pytest.raises(FolkLoraError, match="the test split is read when all rounds are over; allowed: --split valid"):
         evaluate(run, "test")
     assert evaluate(run)["split"] == "validation"
+    for damaged in ("{}", "[1]", '{"row": {}}'):
+        (run / "summary.json").write_text(damaged)
+        with pytest.raises(RunError, match=r"summary\.json: row: no accuracy_mean"):
+            evaluate(run, "test")
 
 
 def test_a_member_answers_requests_out_of_its_own_folder(

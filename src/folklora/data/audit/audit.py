@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,19 +30,29 @@ MOST_LABELS, MOST_GROUPS, MOST_PLACES, MOST_BARS = 200, 20, 12, 30
 QUALITIES: tuple[By, ...] = ("duplicates", "regularity", "both")
 
 
-def audit(rows: Rows, *, epsilon: float | None = None, secret: int | None = None) -> Document:
+def audit(
+    rows: Rows,
+    *,
+    epsilon: float | None = None,
+    secret: int | None = None,
+    weights: By | Literal["none"] = "none",
+) -> Document:
     """Everything that is measured of some examples, ready for JSON.
 
     Parameters
     ----------
     epsilon, secret
         Of what may leave: see `folklora.data.audit.release.release`.
+    weights
+        By what the federation weighs its clients that these examples are for: whoever joins it tells that, too.
     """
     tokens = tokens_of(rows.examples)
     exact, near = exact_duplicates(rows.examples), copies(rows.examples)
     order, in_blocks = regularity(tokens), regularities(rows.examples)
     comparable = regularity_of_blocks(in_blocks)
     may_leave = release(exact, in_blocks, epsilon, secret)
+    quality = {by: round(quality_of(near.share, comparable, by), 4) for by in QUALITIES}
+    told = leaves(may_leave) + ([] if weights == "none" else [_weighed(weights, quality[weights])])
     return {
         "schema": 1,
         "data": {"name": rows.name, "kind": rows.kind, "column": rows.column, "labelled": rows.labels is not None},
@@ -50,9 +60,9 @@ def audit(rows: Rows, *, epsilon: float | None = None, secret: int | None = None
         "duplicates": _duplicates(rows, exact, near),
         "measures": _measures(rows, tokens, order, comparable),
         "surrogates": {"observed": order.observed, "mean": order.surrogate, "spread": order.spread},
-        "quality": {by: round(quality_of(near.share, comparable, by), 4) for by in QUALITIES},
+        "quality": quality,
         "release": _release(may_leave),
-        "leaves": leaves(may_leave),
+        "leaves": told,
         "stays": STAYS,
     }
 
@@ -149,6 +159,13 @@ STAYS = [
     "Labels and how many examples each has; lengths, vocabulary, and where copies stand.",
     "All entropies, and every number that is not listed above.",
 ]
+
+
+def _weighed(by: By, quality: float) -> str:
+    return (
+        f'Whoever joins this recipe, which has audit.weights = "{by}", also tells as how many examples its own count; '
+        f"beside their number that is a quality, in coarse steps and without noise: about {quality:.3g}."
+    )
 
 
 def _release(found: Release) -> Document:

@@ -91,10 +91,11 @@ def regularity(tokens: Tokens | ArrayLike, m: int = 1, shuffles: int = 20, seed:
     yet cannot be seen, so it falls as more is read (Banking77: .80 at 2000 words, .66 at 100,000). Compare what is of
     one length, and of one kind: clean texts of two sorts differ by more than some noise does.
 
-    Texts whose words are drawn at random from their corpus are told from natural ones from 200 to 500 words on, and
-    not well at 100 where texts are as varied as GoEmotions'. What is left of the order, ``1 - value``, goes as the
-    square of the share of natural texts where these are many and short, because a pair counts where it is met twice;
-    with few long texts, which repeat themselves, rather as the share. ``docs/audit.md`` has figures.
+    Texts all of whose words are drawn at random from their corpus are told from natural ones from 200 to 500 words on,
+    not where a part of the texts is so, and not well at 100 where texts are as varied as GoEmotions'. What is left of
+    the order, ``1 - value``, goes as the square of the share of natural texts where these are many and short, because a
+    pair counts where it is met twice; with few long texts, which repeat themselves, rather as the share.
+    ``docs/audit.md`` has figures.
     """
     tokens = Tokens.of(tokens)
     found = approximate_entropy(tokens, m)

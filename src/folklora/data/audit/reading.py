@@ -120,7 +120,8 @@ def _rows(
     if not any(examples):
         raise DataError(f"{path}: column {column!r}: empty in all {len(columns)} rows; allowed: at least one {kind}")
     labels = [columns.name(row, label) for row in rows] if label else None
-    return Rows(path.name, kind, column, examples, labels, columns.places)
+    name = path.name.encode("utf-8", "backslashreplace").decode()  # a file's name may be any bytes
+    return Rows(name, kind, column, examples, labels, columns.places)
 
 
 def _text(columns: Columns, row: int, column: str) -> str:

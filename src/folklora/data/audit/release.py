@@ -21,7 +21,6 @@ Raskhodnikova and Smith's (2007); the rest is ours [recon].
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +43,8 @@ REPETITIVE = 0.8
 NOISY = 0.975
 """From this regularity on they are noise; rounded, 1."""
 STEP = 0.05
+EPSILONS = 1e-6, 1e6
+"""Below nothing but noise would be said, above there would be none."""
 
 STATUSES: dict[Status, str] = {
     "thin": f"fewer than {FEW} examples: too few to say more",
@@ -95,13 +96,12 @@ def release(
     Raises
     ------
     DataError
-        There are no examples, or ``epsilon`` is not positive and finite.
+        There are no examples, or ``epsilon`` is not within `EPSILONS`.
     """
     n, k = exact.examples, len(regularities)
     if not n:
         raise DataError("no examples; allowed: at least one")
-    if epsilon is not None and not 0 < epsilon < math.inf:
-        raise DataError(f"epsilon = {epsilon:g}; allowed: a number above 0")
+    require_epsilon(epsilon)
     shares = 1.0 - exact.share, float(np.mean([bounded(each) for each in regularities]))
     sensitivity = 1 / n, 1 / k
     scale = (0.0, 0.0) if epsilon is None else (2 * sensitivity[0] / epsilon, 2 * sensitivity[1] / epsilon)
@@ -111,6 +111,13 @@ def release(
     return Release(
         _status(n, distinct, regularity), _rounded(distinct), _rounded(regularity), n, k, epsilon, sensitivity, scale
     )
+
+
+def require_epsilon(epsilon: float | None) -> None:
+    """Refuse an epsilon that is none; None asks for no noise."""
+    low, high = EPSILONS
+    if epsilon is not None and not low <= epsilon <= high:
+        raise DataError(f"epsilon = {epsilon:g}; allowed: a number above 0, from {low:g} to {high:g}")
 
 
 def _status(examples: int, distinct: float, regularity: float) -> Status:

@@ -134,7 +134,12 @@ class Tokens:
 def _column(ids: ArrayLike) -> NDArray[Any]:
     """A list as an array; with a word among integers NumPy alone would make words of them all, "1" the same as 1."""
     listed: Any = ids if isinstance(ids, list | tuple) else list(ids)  # type: ignore[arg-type]
-    return np.array(listed, dtype=object if any(isinstance(symbol, str) for symbol in listed) else None)
+    if any(isinstance(symbol, str) for symbol in listed):
+        return np.array(listed, dtype=object)
+    found = np.array(listed)
+    # Of integers beyond 64 bits NumPy makes floats, and several become one.
+    whole = found.dtype.kind == "f" and all(isinstance(symbol, int | np.integer) for symbol in listed)
+    return np.array(listed, dtype=object) if whole and listed else found
 
 
 def _nameable(symbols: NDArray[Any]) -> bool:

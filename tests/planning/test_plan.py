@@ -122,6 +122,12 @@ def test_what_a_cell_costs_is_what_inspect_says(recipe: Recipe) -> None:
     assert regularity_of(made).ratio == pytest.approx(own.value)
 
 
+@pytest.mark.parametrize("most", [0.0, -1.0, float("nan")])
+def test_a_budget_is_a_number_above_zero(most: float) -> None:
+    with pytest.raises(PlanError, match="budget-seconds = .*; allowed: a number above 0"):
+        Budget(seconds=most)
+
+
 def test_budgets_bound_the_choice(recipe: Recipe, tmp_path: Path, finished: Made) -> None:
     runs = finished(AXES.small())
     costs = {cell: cost_of(recipe_of(cell, recipe, 0)) for cell in AXES.cells() if cell.data == 1}

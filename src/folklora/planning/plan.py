@@ -63,6 +63,11 @@ class Budget:
     bytes: float | None = None
     seconds: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, most in asdict(self).items():
+            if most is not None and not most > 0:  # nor is NaN
+                raise PlanError(f"budget-{name} = {most:g}; allowed: a number above 0")
+
     def allows(self, cost: Cost, seconds: float | None = None) -> bool:
         pairs = ((self.parameters, cost.parameters), (self.bytes, cost.bytes), (self.seconds, seconds))
         return all(most is None or asked is None or asked <= most for most, asked in pairs)

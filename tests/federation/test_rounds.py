@@ -496,7 +496,7 @@ def test_alone_the_mean_is_oneself(tiny_recipe: Any, play: Play) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_keeps_what_compression_owes_it(name: str, tiny_recipe: Any, play: Play) -> None:
     """Real messages, real records: what a client remembers shares no memory with what its method notes."""
-    lossy = "message.dtype=int8" if name in ("feddm", "fedaf") else "message.top_k=0.5"  # what is left out of data is lost
+    lossy = "message.dtype=int8" if name in ("feddm", "fedaf") else "message.top_k=0.5"  # of data nothing is left out
     recipe = tiny_recipe(f"method.name={name}", "train.rounds=2", "message.error_feedback=true", lossy)
     played = play(recipe)
     assert [line["failed"] for line in played.lines[1:]] == [{}] * len(played.lines[1:])

@@ -30,12 +30,17 @@ from sequential import CHANCES, ONE, sequences_of
 from folklora.data.audit.entropy import regularity, shannon
 from folklora.data.audit.matches import entropy_rate
 from folklora.data.audit.tokens import Tokens
-from folklora.planning.baselines import LAW, LINEAR, MEAN, PREDICTORS
-from folklora.planning.heldout import MARGIN, judge
+from folklora.planning.baselines import LAW, LINEAR, MEAN, PREDICTORS, LogOdds, Predictor, predictors
+from folklora.planning.heldout import MARGIN, held_out, judge
+from folklora.planning.law import Law
 from folklora.planning.points import Floats, Points
 
 Row = dict[str, Any]
 LAST = "markov"  # whose chain has the least chance
+SHARES = ("ndcg", "accuracy")
+"""Metrics in 0..1, of which the log-odds are fitted."""
+AS_IS = "law, of the share itself"
+"""As published: beside ours, which fits the log-odds of shares."""
 
 
 def load(name: str, results: Path) -> list[Row]:
@@ -81,6 +86,7 @@ DEFINITIONS = {
 def entropies(rows: Sequence[Row], metric: str, data: Path) -> Row | None:
     """One size of model on chains of several entropies: each chain predicted from the others, by reading of D'.
 
+    In the published form, of the metric itself: the question is the paper's.
     None before all chains are there.
     """
     kept = [row for row in rows if (row["layers"], row["width"]) == ONE and row["setting"] in (*CHANCES, LAST)]
@@ -91,10 +97,10 @@ def entropies(rows: Sequence[Row], metric: str, data: Path) -> Row | None:
     names = np.array([row["setting"] for row in kept])
     told = [measured(row["setting"], row["share"], row["seed"], data) for row in kept]
 
-    def left_out(sizes: Floats, predictors: Sequence[str] = (LAW, LINEAR)) -> float | None:
+    def left_out(sizes: Floats, asked: Sequence[str] = (LAW, LINEAR)) -> float | None:
         """By the first predictor that the levels of D' are enough for."""
         points = Points(np.stack([np.ones_like(sizes), np.ones_like(sizes), sizes], 1))
-        for predictor in predictors:
+        for predictor in asked:
             errors: list[float] = []
             try:
                 for chain in chains:
@@ -140,23 +146,26 @@ def fitted(rows: Sequence[Row], name: str, metric: str, width: str, sizes: Seque
     tops = [points.sizes[:, 0].max(), points.sizes[:, 1].max(), shares.max()]
     small = (points.sizes[:, 0] < tops[0]) & (points.sizes[:, 1] < tops[1]) & (shares < tops[2])
     corner = (points.sizes[:, 0] == tops[0]) & (points.sizes[:, 1] == tops[1]) & (shares == tops[2])
-    verdict = judge(points, values)
-    predictors = []
+    share = metric in SHARES
+    verdict = judge(points, values, share)
+    fits = predictors(share)
+    if share:
+        fits = {LAW: fits[LAW], AS_IS: PREDICTORS[LAW], **fits}
+    told = []
     predicted: dict[str, Floats] = {}
-    for each, fit in PREDICTORS.items():
+    for each, fit in fits.items():
         predicted[each] = fit(points[small], values[small]).predict(points)
         errors = predicted[each][~small] - values[~small]
-        predictors.append(
+        told.append(
             {
                 "name": each,
                 "largest": _rmse(errors),
-                "beyond": verdict.beyond[each].rmse,
-                "between": verdict.between[each].rmse,
+                "beyond": held_out(fit, points, values, "beyond").rmse,
+                "between": held_out(fit, points, values, "between").rmse,
                 "corner": float(predicted[each][corner].mean()) if corner.any() else None,
             }
         )
-    whole = PREDICTORS[LAW](points, values)
-    small_law = PREDICTORS[LAW](points[small], values[small])
+    whole, small_law = fits[LAW](points, values), fits[LAW](points[small], values[small])
     return {
         "name": name,
         "metric": metric,
@@ -168,7 +177,7 @@ def fitted(rows: Sequence[Row], name: str, metric: str, width: str, sizes: Seque
         "between_seeds": _between_seeds(rows, metric, width),
         "chosen": verdict.chosen,
         "refusal": verdict.refusal,
-        "predictors": predictors,
+        "predictors": told,
         "corner": {
             "sizes": [float(top) for top in tops],
             "validation": float(values[corner].mean()) if corner.any() else None,
@@ -176,9 +185,9 @@ def fitted(rows: Sequence[Row], name: str, metric: str, width: str, sizes: Seque
             if corner.any()
             else None,
         },
-        "law": str(whole),
-        "law_of_small": str(small_law),
-        "exponents": [{"axis": t.axis, "value": t.exponent, "known": t.known} for t in whole.terms],  # type: ignore[attr-defined]
+        "law": str(_law(whole)),
+        "law_of_small": str(_law(small_law)),
+        "exponents": [{"axis": t.axis, "value": t.exponent, "known": t.known} for t in _law(whole).terms],
         "in_sample_r2": 1
         - float(((whole.predict(points) - values) ** 2).sum() / ((values - values.mean()) ** 2).sum()),
         "points": [
@@ -186,6 +195,12 @@ def fitted(rows: Sequence[Row], name: str, metric: str, width: str, sizes: Seque
             for sizes, share, value, said, small_one in zip(triples, shares, values, predicted[LAW], small, strict=True)
         ],
     }
+
+
+def _law(fitted: Predictor) -> Law:
+    found = fitted.fitted if isinstance(fitted, LogOdds) else fitted
+    assert isinstance(found, Law)
+    return found
 
 
 def _rmse(errors: Floats) -> float | None:

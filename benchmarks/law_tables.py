@@ -88,8 +88,10 @@ def verdicts() -> str:
 
 def corners() -> str:
     """The largest cell of all: predicted from the smaller ones, measured, tested."""
+    shown = grids(tuple(TITLES))
+    names = list(dict.fromkeys(each["name"] for grid in shown for each in grid["predictors"]))
     lines = []
-    for grid in grids(tuple(TITLES)):
+    for grid in shown:
         corner, metric = grid["corner"], grid["metric"]
         if corner["validation"] is None:
             continue
@@ -97,14 +99,13 @@ def corners() -> str:
         lines.append(
             [
                 f"{TITLES[grid['name']]}: {SHOWN[metric][0]}",
-                *(_number(value, metric) for value in said.values()),
+                *(_number(said.get(name), metric) for name in names),
                 _number(corner["validation"], metric),
                 _number(corner["test"], metric),
             ]
         )
     if not lines:
         return NOT_RUN
-    names = [each["name"] for each in grids(tuple(TITLES))[0]["predictors"]]
     return markdown(["", *names, "measured", "on test"], lines)
 
 

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from folklora.planning.baselines import LAW, LINEAR, MEAN, NEAREST, QUADRATIC, fit_mean
+from folklora.planning.baselines import LAW, LINEAR, MEAN, NEAREST, PREDICTORS, QUADRATIC, fit_mean, predictors
 from folklora.planning.heldout import held_out, judge, splits, too_few
 from folklora.planning.points import Points
 
@@ -76,3 +76,32 @@ def test_what_does_not_differ_and_what_is_too_little() -> None:
     assert too_few(few)
     assert too_few(Points.of([]))
     assert too_few(GRID) is None
+
+
+def test_shares_are_fitted_on_their_log_odds_and_errors_are_of_the_shares() -> None:
+    grid = Points.of(product((1, 2, 4, 8), (16, 32, 64, 128), (1e5, 2e5)))
+    n, d, tokens = grid.sizes.T
+    odds = np.exp(1 + 0.9 * np.log(n) - 0.6 / n + 0.7 * np.log(d / 16) + 0.2 * np.log(tokens / 1e5))
+    shares = odds / (1 + odds)
+    largest = (n == 8) | (d == 128)
+    own, raw = (
+        fits[LAW](grid[~largest], shares[~largest]).predict(grid[largest]) for fits in (predictors(True), PREDICTORS)
+    )
+    assert own == pytest.approx(shares[largest], abs=1e-3)
+    assert raw.max() > 1.05  # what the share itself would be predicted to be
+    told = judge(grid, shares, share=True)
+    assert told.chosen == LAW
+    out = next(splits(grid, "beyond"))
+    by_hand = predictors(True)[LAW](grid[~out], shares[~out]).predict(grid[out]) - shares[out]
+    assert told.beyond[LAW].errors[: int(out.sum())] == pytest.approx(by_hand)
+    assert told.beyond[NEAREST].errors == held_out(PREDICTORS[NEAREST], grid, shares, "beyond").errors
+
+
+def test_none_and_all_have_no_odds_and_are_fitted_nevertheless() -> None:
+    shares = np.clip(0.6 * GRID.logs[:, 0] + 0.2 * (GRID.logs[:, 1] - np.log(16)), 0, 1)
+    assert {0.0, 1.0} <= set(shares.tolist())
+    for name in (LAW, QUADRATIC, LINEAR):
+        found = predictors(True)[name](GRID, shares).predict(GRID)
+        assert np.isfinite(found).all()
+        assert found.min() >= 0
+        assert found.max() <= 1

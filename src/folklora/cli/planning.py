@@ -96,7 +96,7 @@ def _show(document: Mapping[str, Any]) -> None:
         errors.add_row(name, *("-" if each is None else metric.number(each) for each in shown))
     out.print(errors)
     if document["formula"] is not None:
-        out.print(f"{metric.words} = {document['formula']['text']}", soft_wrap=True)
+        out.print(f"{document['formula']['of']} = {document['formula']['text']}", soft_wrap=True)
     for words, row in (("best", document["best"]), ("smallest that may be as good", document["smallest_alike"])):
         out.print(
             f"{words}: {row['layers']} layers, rank {row['rank']} ({row['parameters']:,} parameters): "

@@ -1,4 +1,8 @@
-"""What a law has to beat: predictors that know nothing of it. Each has `predict(points)`, as `Law` does."""
+"""What a law has to beat: predictors that know nothing of it. Each has `predict(points)`, as `Law` does.
+
+Shares (accuracies) are fitted on their log-odds [recon; the paper fits them as they are], where they have no end:
+otherwise a law that saw accuracies below one half predicts more than all. What is copied needs no scale.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from scipy.special import expit, logit
 
 from folklora.planning.law import fit_law, shape
 from folklora.planning.points import Floats, Points
@@ -18,6 +23,7 @@ class Predictor(Protocol):
 
 Fit = Callable[[Points, Floats], Predictor]
 """Raises ValueError where there are too few cells, or too few that differ."""
+CERTAIN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -100,9 +106,35 @@ def fit_quadratic(points: Points, values: Floats) -> Polynomial:
     return _fit_polynomial(points, values, 2)
 
 
+@dataclass(frozen=True)
+class LogOdds:
+    """A share in 0..1, by what was fitted to ``ln(p / (1 - p))``."""
+
+    fitted: Predictor
+
+    def predict(self, points: Points) -> Floats:
+        found: Floats = expit(self.fitted.predict(points))
+        return found
+
+
+def on_log_odds(fit: Fit) -> Fit:
+    """The same fit for shares; 0 and 1, which have no odds, count as `CERTAIN` away from themselves."""
+
+    def fit_shares(points: Points, values: Floats) -> LogOdds:
+        return LogOdds(fit(points, logit(np.clip(values, CERTAIN, 1 - CERTAIN))))
+
+    return fit_shares
+
+
 LAW, QUADRATIC, LINEAR, NEAREST, MEAN = "law", "log-quadratic", "log-linear", "nearest cell", "mean"
 
 FITTED: dict[str, Fit] = {LAW: fit_law, QUADRATIC: fit_quadratic, LINEAR: fit_linear}
 """Those that say more of a size than that it is near another one."""
 COPIED: dict[str, Fit] = {NEAREST: fit_nearest, MEAN: fit_mean}
 PREDICTORS: dict[str, Fit] = {**FITTED, **COPIED}
+OF_SHARES: dict[str, Fit] = {**{name: on_log_odds(fit) for name, fit in FITTED.items()}, **COPIED}
+
+
+def predictors(share: bool) -> dict[str, Fit]:
+    """Of a metric that is a share in 0..1, or of any other."""
+    return OF_SHARES if share else PREDICTORS

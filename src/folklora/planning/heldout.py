@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from folklora.planning.baselines import COPIED, FITTED, MEAN, PREDICTORS, Fit
+from folklora.planning.baselines import COPIED, FITTED, MEAN, Fit, predictors
 from folklora.planning.points import AXES, Floats, Points
 from folklora.randomness import numpy_generator
 
@@ -110,9 +110,16 @@ class Verdict:
         return max(found)
 
 
-def judge(points: Points, values: Floats) -> Verdict:
-    """Hold out, compare, choose or refuse; ``points`` are one or more."""
-    beyond, between = ({name: held_out(fit, points, values, how) for name, fit in PREDICTORS.items()} for how in _WAYS)
+def judge(points: Points, values: Floats, share: bool = False) -> Verdict:
+    """Hold out, compare, choose or refuse; ``points`` are one or more.
+
+    Parameters
+    ----------
+    share
+        Whether the values are shares in 0..1, whose log-odds are fitted; errors are of the shares themselves.
+    """
+    fits = predictors(share)
+    beyond, between = ({name: held_out(fit, points, values, how) for name, fit in fits.items()} for how in _WAYS)
     how: How = "beyond" if any(beyond[name].rmse is not None for name in FITTED) else "between"
     found = {name: each.rmse for name, each in (beyond if how == "beyond" else between).items()}
     fitted = {name: rmse for name in FITTED if (rmse := found[name]) is not None}

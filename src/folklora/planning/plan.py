@@ -22,7 +22,7 @@ from folklora.federation.run import refuse_another_recipe, run_or_resume
 from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import prepare
 from folklora.planning.axes import Axes, Cell, recipe_of
-from folklora.planning.baselines import LAW, PREDICTORS
+from folklora.planning.baselines import LAW, PREDICTORS, LogOdds, predictors
 from folklora.planning.heldout import Verdict, judge, too_few
 from folklora.planning.law import Law
 from folklora.planning.observations import (
@@ -159,7 +159,7 @@ def plan(
     observed = [each for each, _ in read]
     points = candidates.points([each.cell for each in observed])
     values = np.array([each.value for each in observed])
-    verdict = judge(points, values)
+    verdict = judge(points, values, metric.percent)
     document: dict[str, Any] = {
         "metric": {"name": metric.name, "higher": metric.higher},
         "budget": asdict(budget),
@@ -175,7 +175,9 @@ def plan(
     }
     if verdict.chosen is not None:
         rows = _estimates(candidates, observed, points, values, verdict, budget, metric)
-        document |= {"formula": _formula(verdict, points, values), "cells": rows} | _choose(rows, choices, metric)
+        document |= {"formula": _formula(verdict, points, values, metric), "cells": rows} | _choose(
+            rows, choices, metric
+        )
     RunDirectory(out).write(FILE, json.dumps(document, indent=1, allow_nan=False).encode())
     if verdict.refusal is not None:
         raise PlanError(f"no plan: {verdict.refusal}; {out / FILE} has what was measured")
@@ -227,8 +229,8 @@ def _estimates(
     """A row a cell: what it costs, what was measured, what is predicted and within what."""
     assert verdict.chosen is not None
     asked = candidates.points(candidates.cells)
-    predicted = PREDICTORS[verdict.chosen](points, values).predict(asked)
-    most = 1.0 if metric.percent else np.inf  # no law knows that a share ends there
+    predicted = predictors(metric.percent)[verdict.chosen](points, values).predict(asked)
+    least, most = (0.0, 1.0) if metric.percent else (-np.inf, np.inf)
     seconds = _seconds(candidates, observed)
     low, high = points.sizes.min(0), points.sizes.max(0)
     tried = np.array([len(points.levels(axis)) > 2 for axis in range(len(AXES))])  # else its largest was not held out
@@ -250,8 +252,8 @@ def _estimates(
                 "seconds": round(float(seconds[place]), 3),
                 "measured": float(np.mean(own)) if own else None,
                 "spread": float(np.std(own, ddof=1)) if len(own) > 1 else None,
-                "predicted": None if far else min(value, most),
-                "low": None if far else min(value - reach, most),
+                "predicted": None if far else value,
+                "low": None if far else max(value - reach, least),
                 "high": None if far else min(value + reach, most),
                 "extrapolated": outside,
                 "untested": bool((beyond & ~tried).any()),
@@ -288,13 +290,17 @@ def _seconds(candidates: Candidates, observed: Sequence[Observation]) -> Floats:
     return found
 
 
-def _formula(verdict: Verdict, points: Points, values: Floats) -> dict[str, Any] | None:
-    """The law in numbers, where it is what predicts."""
+def _formula(verdict: Verdict, points: Points, values: Floats, metric: Metric) -> dict[str, Any] | None:
+    """The law in numbers, where it is what predicts; ``of`` says on which scale."""
     if verdict.chosen != LAW:
         return None
-    fitted = PREDICTORS[LAW](points, values)
+    fitted = predictors(metric.percent)[LAW](points, values)
+    of = metric.words
+    if isinstance(fitted, LogOdds):
+        fitted, of = fitted.fitted, f"log-odds of {of}"
     assert isinstance(fitted, Law)
-    return {"text": str(fitted), **asdict(fitted), "terms": [_plain(asdict(term)) for term in fitted.terms]}
+    terms = [_plain(asdict(term)) for term in fitted.terms]
+    return {"of": of, "text": str(fitted), **asdict(fitted), "terms": terms}
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -15,13 +15,14 @@ import pytest
 
 from folklora.data.audit.entropy import regularity
 from folklora.data.audit.quality import tokens_of
+from folklora.data.partition import to_json
 from folklora.errors import PlanError, RecipeError, RunError
 from folklora.federation.inspect import inspect
-from folklora.federation.setup import prepare
+from folklora.federation.setup import data_of, prepare
 from folklora.planning.axes import Axes, Cell, recipe_of
 from folklora.planning.baselines import LAW
 from folklora.planning.observations import cost_of, regularity_of
-from folklora.planning.plan import FILE, Budget, plan
+from folklora.planning.plan import FILE, PICTURE, Budget, plan
 from folklora.recipe import Recipe
 
 AXES = Axes(layers=(1, 2), rank=(1, 2, 4, 8, 16, 32), data=(0.5, 1.0))
@@ -58,7 +59,9 @@ def finished(recipe: Recipe, tmp_path: Path) -> Made:
         for cell in cells:
             path = tmp_path / "finished" / cell.label
             path.mkdir(parents=True)
-            (path / "recipe.toml").write_text(recipe_of(cell, recipe, recipe.seed).to_toml())
+            (path / "recipe.toml").write_text((made := recipe_of(cell, recipe, recipe.seed)).to_toml())
+            data = data_of(made)
+            (path / "partition.json").write_text(to_json(data.table, data.splits, data.later))
             seconds = 1.0 + 0.5 * cell.layers * cell.data
             row = {"metric": metric, "higher": metric == "accuracy", f"{metric}_mean": 0.0}
             row |= {"validation_mean": scored(cell), "seconds_total": seconds}
@@ -77,6 +80,7 @@ def test_larger_cells_are_predicted_from_the_smaller(recipe: Recipe, tmp_path: P
     measured = AXES.small()
     document = planned(recipe, tmp_path / "plan", finished(measured))
     assert json.loads((tmp_path / "plan" / FILE).read_text()) == document
+    assert (tmp_path / "plan" / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert document["predictor"] == LAW
     assert len(document["runs"]) == len(measured) == 20
     rows = {(row["layers"], row["rank"], row["data"]): row for row in document["cells"]}
@@ -176,6 +180,7 @@ def test_chance_is_refused_with_what_was_measured_kept(recipe: Recipe, tmp_path:
     document = json.loads((tmp_path / "plan" / FILE).read_text())
     assert document["predictor"] is None
     assert len(document["runs"]) == 20
+    assert (tmp_path / "plan" / PICTURE).exists()
 
 
 def test_runs_that_cannot_be_read_together(recipe: Recipe, tmp_path: Path, finished: Made) -> None:
@@ -192,6 +197,13 @@ def test_runs_that_cannot_be_read_together(recipe: Recipe, tmp_path: Path, finis
     (runs[1] / "recipe.toml").write_text(recipe.model_copy(update={"adapter": bottom}).to_toml())
     with pytest.raises(RunError, match="adapts other layers than the topmost 1 of the recipe's"):
         planned(recipe, tmp_path / "plan", runs[1:])
+    partition = json.loads((runs[2] / "partition.json").read_text())
+    (runs[2] / "partition.json").write_text(json.dumps({**partition, "fingerprint": "0" * 64}))
+    with pytest.raises(RunError, match="its examples are not those of the recipe's data.source"):
+        planned(recipe, tmp_path / "plan", runs[2:])
+    (runs[2] / "partition.json").write_text("{")
+    with pytest.raises(RunError, match=r"partition.json: cannot be read; allowed: what a run writes"):
+        planned(recipe, tmp_path / "plan", runs[2:])
     assert not (tmp_path / "plan").exists()
 
 

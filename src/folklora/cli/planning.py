@@ -45,7 +45,7 @@ def plan(
 ) -> None:
     """Measure small adapters, fit a Performance Law, and say which size is best under a budget."""
     from folklora.planning.axes import parse_axes
-    from folklora.planning.plan import FILE, Budget
+    from folklora.planning.plan import FILE, PICTURE, Budget
     from folklora.planning.plan import plan as library_plan
 
     read = Recipe.read(recipe, set_ or ())
@@ -64,7 +64,7 @@ def plan(
         print_json(document)
         return
     _show(document)
-    out.print(f"plan: {to / FILE}", soft_wrap=True)
+    out.print(f"plan: {to / FILE}, {to / PICTURE}", soft_wrap=True)
 
 
 def _show(document: Mapping[str, Any]) -> None:

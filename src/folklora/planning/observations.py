@@ -5,6 +5,7 @@ The test split is never looked at: a plan chooses, and what chooses must not be 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from folklora.backbones.metric import Metric, metric_of
 from folklora.data.audit.entropy import regularity
 from folklora.data.audit.quality import tokens_of
 from folklora.data.partition import histogram
+from folklora.data.table import fingerprint
 from folklora.errors import RunError
 from folklora.federation.run import Summary, read_summary
 from folklora.federation.rundir import RunDirectory
@@ -146,7 +148,7 @@ def read_runs(paths: Sequence[Path], recipe: Recipe) -> list[tuple[Observation, 
     ------
     RunError
         A folder without a finished run, or of another recipe (the first key that differs is named), or with adapters
-        in other layers than the topmost ones.
+        in other layers than the topmost ones, or on other examples than the recipe's sources have now.
     """
     found = []
     for path in {path.resolve(): path for path in paths}.values():  # a run is one, however often it is named
@@ -164,9 +166,24 @@ def read_runs(paths: Sequence[Path], recipe: Recipe) -> list[tuple[Observation, 
                 f"{path}: adapts other layers than the topmost {cell.layers} of the recipe's; allowed: runs that adapt "
                 "the topmost ones, as `folklora plan` begins them"
             )
+        _refuse_other_examples(directory, recipe_of(cell, recipe, directory.recipe.seed))
         summary = read_summary(directory)
         found.append((observe(path, summary, cell, directory.recipe.seed), metric_in(summary)))
     return found
+
+
+def _refuse_other_examples(directory: RunDirectory, own: Recipe) -> None:
+    """A source of the same name may hold something else. Of members that brought their own data nothing is known."""
+    path = directory.path / "partition.json"
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        raise RunError(f"{path}: cannot be read; allowed: what a run writes") from None
+    theirs = document.get("fingerprint") if isinstance(document, dict) else None
+    if theirs is not None and theirs != fingerprint(data_of(own).table):
+        raise RunError(
+            f"{directory.path}: its examples are not those of the recipe's data.source; allowed: runs on the same"
+        )
 
 
 def _differs(one: Recipe, other: Recipe) -> str | None:

@@ -38,9 +38,11 @@ from folklora.planning.observations import (
 )
 from folklora.planning.points import AXES, Floats, Points
 from folklora.recipe import Recipe
+from folklora.report.figures_plan import planned
+from folklora.report.style import png
 
 Measure = Literal["small", "all", "none"]
-FILE = "plan.json"
+FILE, PICTURE = "plan.json", "plan.png"
 FAR = 2.0
 """A size more than so many times the largest measured one is not predicted: nothing held out was so far away."""
 
@@ -119,7 +121,7 @@ def plan(
     budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure, fit, predict; what is said is also in ``out/plan.json``.
+    """Measure, fit, predict; what is said is also in ``out/plan.json`` and, as a picture, ``out/plan.png``.
 
     Parameters
     ----------
@@ -167,7 +169,10 @@ def plan(
             "entropy": "not used" if candidates.unmeasurable else "tokens over regularity",
             "why": candidates.unmeasurable,
         },
-        "runs": [{**as_row(each), "cell": asdict(each.cell)} for each in observed],
+        "runs": [
+            {**as_row(each), "cell": asdict(each.cell), "parameters": candidates.costs[each.cell].parameters}
+            for each in observed
+        ],
         "held_out": _table(verdict),
         "decided": verdict.how,
         "predictor": verdict.chosen,
@@ -179,6 +184,7 @@ def plan(
             rows, choices, metric
         )
     RunDirectory(out).write(FILE, json.dumps(document, indent=1, allow_nan=False).encode())
+    RunDirectory(out).write(PICTURE, png(planned(document), "light"))
     if verdict.refusal is not None:
         raise PlanError(f"no plan: {verdict.refusal}; {out / FILE} has what was measured")
     if document["best"] is None:

@@ -9,7 +9,9 @@
 Banking77, ten clients of unequal label mix, fine-tuned by federated LoRA on `models/tiny-albert`, whose one block is
 applied T = 6 times: over depths (each minibatch draws its number of steps K), at full depth alone, and at half of it
 alone; and on the first layers of MiniLM, which have weights of their own, fine-tuned in the same way. As many layers as
-steps cost the same time, so the two are compared at equal K. The model of each run is then tested once at every K that
+steps cost the same time, so the two are compared at equal K. Where ``models/tiny-albert-full`` is there (made as
+tiny-albert is, with ``examples/distil_shared_depth.py --full-depth-alone``), it is fine-tuned at full depth, too: a
+block that never saw another depth. The model of each run is then tested once at every K that
 it can be run at, and the one over depths also at the K that each client chooses on its own validation split. Learning
 rates are chosen on validation data, with a seed and examples of their own. Any number of processes can share
 ``--runs``: kill them at any time, what is finished is reused and what was begun goes on.
@@ -42,7 +44,9 @@ from folklora.federation.setup import task_of
 from folklora.recipe import Recipe
 from folklora.training.prediction import features
 
-SHARED = Path(__file__).resolve().parents[1] / "models" / "tiny-albert"
+MODELS = Path(__file__).resolve().parents[1] / "models"
+SHARED, AT_FULL = "tiny-albert", "tiny-albert-full"
+"""Distilled over depths; and, if it is there, at full depth alone."""
 SEEDS = 3
 TUNING_SEED = 100
 RATES = ("1e-3", "3e-3", "1e-2")
@@ -66,11 +70,14 @@ class Variant:
         The first so many of MiniLM's; None: the shared block.
     depth
         The recipe's ``[depth]``.
+    shared
+        The folder of the shared block, in ``models``.
     """
 
     name: str
     layers: int | None = None
     depth: tuple[tuple[str, Any], ...] = ()
+    shared: str = SHARED
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -86,6 +93,7 @@ VARIANTS = (
     Variant("shared block, at 6 alone"),
     Variant("shared block, at 3 alone", depth=(("steps", 3),)),
     *(Variant(f"MiniLM, first {layers} layers", layers) for layers in (3, 2, 4, 6)),
+    *((Variant("shared block, distilled at 6 alone too", shared=AT_FULL),) if (MODELS / AT_FULL).exists() else ()),
 )
 
 
@@ -129,7 +137,7 @@ def shallow(layers: int, folder: Path) -> Path:
 
 def backbone_of(variant: Variant, runs: Path) -> str:
     if variant.layers is None:
-        return find(str(SHARED))
+        return find(str(MODELS / variant.shared))
     return find("minilm") if variant.layers == FULL else str(shallow(variant.layers, runs / "models"))
 
 
@@ -240,7 +248,7 @@ class Depth:
             rows = {_key(row): row for row in before.get("rows", [])}
             found = [row for cell in self.plan() if cell.rate is None and (row := self.finished(cell)) is not None]
             rows |= {_key(row): row for row in found}
-            quality = SHARED / "quality.json"
+            quality = MODELS / SHARED / "quality.json"
             document = {
                 "environment": environment(torch.device("cpu"), torch.float32),
                 "seeds": SEEDS,

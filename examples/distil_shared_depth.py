@@ -283,6 +283,11 @@ def main(given: list[str] | None = None, **options: Any) -> None:
     parser = arguments(__doc__, "models/tiny-albert")
     parser.add_argument("--teacher", default="minilm", help="a BERT whose mean of states embeds a text")
     parser.add_argument("--tokens", type=int, default=256, help="tokens a step")
+    parser.add_argument(
+        "--full-depth-alone",
+        action="store_true",
+        help="draw no other depth: what training over depths is compared with",
+    )
     parser.add_argument("--most", type=int, default=600_000, help="tokens of the texts that are drawn to learn from")
     parser.add_argument("--heldout", type=int, default=500, help="texts of each held-out source that are measured")
     parser.add_argument("--probed", type=int, default=4000, help="rows of --banking that are")
@@ -312,7 +317,8 @@ def main(given: list[str] | None = None, **options: Any) -> None:
     sizes = np.array([corpus.rows[length].size for length in lengths])
     starts = dict(zip(lengths, np.concatenate([[0], np.cumsum(sizes)]), strict=False))
     full = student.config.num_hidden_layers
-    depths = {steps: share for steps, share in DEPTHS.items() if steps < full} | {full: DEPTHS[max(DEPTHS)]}
+    fewer = {} if chosen.full_depth_alone else {steps: share for steps, share in DEPTHS.items() if steps < full}
+    depths = fewer | {full: DEPTHS[max(DEPTHS)]}
     odds = np.array(list(depths.values())) / sum(depths.values())
 
     def loss(generator: np.random.Generator) -> torch.Tensor:
@@ -329,6 +335,7 @@ def main(given: list[str] | None = None, **options: Any) -> None:
         "tokens": chosen.tokens,
         "config": student.config.to_json_string(),
         "data": corpus.digest(),
+        "depths": sorted(depths),
     }
     spent = pretrain(student, loss, chosen.to, budget_of(chosen), told, lr=1e-3, weight_decay=0.01, **options)
 
@@ -347,6 +354,7 @@ def main(given: list[str] | None = None, **options: Any) -> None:
         "texts": sum(len(rows) for rows in corpus.rows.values()),
         "tokens": corpus.tokens,
         "seed": chosen.seed,
+        "depths": sorted(depths),
         **spent,
     }
     finish(chosen.to, {**described, "heldout": measured})

@@ -130,3 +130,25 @@ def test_the_stated_cosine_is_that_of_the_stock_models(
 def test_without_rows_to_probe_it_does_not_begin(prepared: Path, taught: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"nowhere\.csv: No such file or directory; name Banking77's train\.csv"):
         distil.main(["--data", str(prepared), "--to", str(tmp_path / "x"), "--banking", "nowhere.csv"])
+
+
+@pytest.mark.parametrize(("flags", "drawn"), [([], {2, 3, 4}), (["--full-depth-alone"], {4})])
+def test_depths_are_drawn_or_the_full_one_alone(
+    flags: list[str],
+    drawn: set[int],
+    prepared: Path,
+    taught: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walk, walked = distil.walk, []
+
+    def noted(student: AlbertModel, ids: torch.Tensor, steps: int) -> torch.Tensor:
+        walked.append((student.training, steps))
+        return walk(student, ids, steps)
+
+    monkeypatch.setattr(distil, "walk", noted)
+    small = ["--tokens", "40", "--most", "2000", "--heldout", "5", "--steps", "20", "--device", "cpu", *flags]
+    distil.main([*small, *taught, "--data", str(prepared), "--to", str(tmp_path / "student")])
+    assert {steps for training, steps in walked if training} == drawn
+    assert json.loads((tmp_path / "student" / "quality.json").read_text())["depths"] == sorted(drawn)

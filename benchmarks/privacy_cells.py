@@ -52,6 +52,8 @@ RANKS = (8, 16, 32, 64)
 BATCHES = (1, 2, 4)
 STEPS = (1, 2, 4, 8)
 EPSILONS = (8, 3, 1)
+IN_A_GRADIENT = (1, 4, 16, 64)
+"""Examples that Fed-SB's one-off gradient is of; its default is the last."""
 SHADOWS = 16
 VIEWS: tuple[dict[str, Any], ...] = ({"view": "gradient", "knowledge": {"bases": True}}, {"view": "sent"})
 """The worst case, an exact gradient with the client's private tensors in hand; and what really happens: the bytes."""
@@ -172,6 +174,8 @@ def cells() -> Iterator[Cell]:
             )
         mixtures = (*CORES, *(f"folklora:dp_epsilon={epsilon}.0" for epsilon in EPSILONS))
         yield from attacked("once", "banking77", "mixture", mixtures, seed, gallery=True)
+        frames = [f"fedsb:gradient_examples={count}" for count in IN_A_GRADIENT]
+        yield from attacked("first gradient", "banking77", "first-gradient", frames, seed, warmup=0, gallery=True)
         yield from (Defended("utility", "banking77", method, seed) for method in METHODS)
         yield from attacked("membership", "banking77, halves", "membership", LEAKING, seed, budget=SHADOWS)
         plain_and_private = (*PRIVATE, *private(PRIVATE, "example", EPSILONS))

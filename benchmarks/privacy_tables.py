@@ -145,6 +145,28 @@ def inference() -> str:
     return markdown(["method", *(words for *_, words in told)], lines) + seeds(rows)
 
 
+def first_gradient() -> str:
+    """What Fed-SB's one-off message tells, by how many examples are in it."""
+    rows = part("first gradient")
+    if not rows:
+        return NOT_RUN
+    lines = []
+    for v in variants(rows):
+        found = of(rows, variant=v)
+        sizes = [_number(found, metric, 1).partition(" ")[0] for metric in ("pairs", "dimensions")]
+        told = [percent(found, metric) for metric in ("pair_recall", "word_recall", "pair_precision")]
+        lines.append([v.partition("=")[2], *sizes, *told])
+    header = [
+        "examples in it",
+        "tokens at their places",
+        "dimensions of the rows",
+        "told, %",
+        "words told, %",
+        "right, %",
+    ]
+    return markdown(header, lines) + seeds(rows)
+
+
 def victims() -> str:
     """The same attacks on other data: the first metric of its kind that each attack has."""
     rows = part("victims")
@@ -242,6 +264,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
         ),
     ),
     "privacy-inference": ("privacy", inference),
+    "privacy-first-gradient": ("privacy", first_gradient),
     "privacy-epsilon": ("privacy", epsilon("epsilon", "attacked under epsilon")),
     "privacy-clients": ("privacy", epsilon("epsilon of clients", None)),
     "privacy-victims": ("privacy", victims),

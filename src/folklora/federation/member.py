@@ -76,10 +76,14 @@ class MemberData:
         steps = self.setup.steps(self.client)
         return () if steps in (None, self.setup.task.backbone.depth.steps) else (steps or 0,)
 
-    def weight_gradients(self, head: Tensors, examples: int) -> Tensors:
+    def gradient_rows(self, examples: int) -> np.ndarray:
+        """Which training examples so many weight gradients are of."""
         # Indices are in the table's order, and a table may be sorted by label.
         shuffled = numpy_generator(self.setup.recipe.seed, "gradient", self.client).permutation(self.split.train)
-        chosen, labels = self.training(shuffled[:examples])
+        return shuffled[:examples]
+
+    def weight_gradients(self, head: Tensors, examples: int) -> Tensors:
+        chosen, labels = self.training(self.gradient_rows(examples))
         return weight_gradients(self.setup.task, chosen, labels, head, depth=self.setup.steps(self.client))
 
     def layer_inputs(self, tensors: Tensors, examples: int) -> Tensors:

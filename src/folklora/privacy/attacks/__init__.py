@@ -5,6 +5,7 @@ from __future__ import annotations
 from folklora.errors import AttackError, no_such
 from folklora.privacy.attacks.condensed import CondensedInversion
 from folklora.privacy.attacks.dlg import DLG
+from folklora.privacy.attacks.first_gradient import FirstGradient
 from folklora.privacy.attacks.guess import Attack
 from folklora.privacy.attacks.idlg import IDLG
 from folklora.privacy.attacks.inverting import Inverting
@@ -24,6 +25,7 @@ ATTACKS: dict[str, type[Attack]] = {
         TAG,
         LAMP,
         Span,
+        FirstGradient,
         MixtureInversion,
         CondensedInversion,
         Membership,

@@ -21,7 +21,7 @@ def test_few_examples_are_told_word_for_word(settings: list[str], tiny_recipe: C
     recipe = tiny_recipe("method.name=fedsb", "method.gradient_examples=1", *settings)
     document = first_gradient(recipe)
     found = document["metrics"]
-    for metric in ("pair_recall", "word_recall", "pair_precision"):
+    for metric in ("pair_recall", "word_recall", "pair_precision", "word_precision"):
         assert found[metric]["mean"] == 1
     assert found["pair_recall"]["control"] == 0
     assert found["dimensions"]["mean"] == found["pairs"]["mean"]

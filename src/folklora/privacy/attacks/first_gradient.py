@@ -5,7 +5,9 @@ embeddings of single (token, position) pairs, and query and value see the same o
 have fewer distinct pairs than the layer is wide, every pair of the vocabulary is tested, as in
 `folklora.privacy.attacks.span`; from there on the span is everything, and nothing is told by it [DAGER]. Here it is a
 client's one-off message that is read so [recon]: how many examples are in it (``method.gradient_examples``) is the
-client's only shelter.
+client's only shelter, and a thin one. Up to the LayerNorm's factor an input is a token's vector plus a position's, so
+whoever holds (t, p), (u, p) and (u, q) has (t, q) in the span, too: of n words at m places the rows have about n + m
+dimensions, not n m, and what is told are the words and the places, not which stood where.
 
 The control is the same matrix with its numbers shuffled.
 """
@@ -99,12 +101,12 @@ def _tested(inputs: FirstInputs, matrix: Tensor, stage: Stage, client: str) -> t
         chance = min(chance, float(residuals(block, random).min()))
     if float(angles.median()) <= SLACK * max(span.noise, ROUNDING):  # LayerNorms leave a plane, and it is all of that
         return frozenset(), span
-    chosen = inside(angles, span.noise, chance, span.dimensions)
+    chosen = inside(angles, span.noise, chance, span.dimensions * inputs.positions)
     return frozenset((t, p) for t, p in chosen.nonzero().tolist()), span
 
 
 def _scores(found: Pairs, span: RowSpan, truth: Pairs, public: frozenset[int]) -> Values:
-    """``pair_recall``, ``pair_precision`` and ``word_recall`` (wherever it stands), in 0..1, without special tokens."""
+    """Recall and precision, in 0..1, of pairs and of words wherever they stand; without special tokens."""
     own, told = ({pair for pair in pairs if pair[0] not in public} for pairs in (truth, found))
     words, guessed = ({token for token, _ in pairs} for pairs in (own, told))
     values = {
@@ -113,7 +115,9 @@ def _scores(found: Pairs, span: RowSpan, truth: Pairs, public: frozenset[int]) -
         "dimensions": float(span.dimensions),
         "pairs": float(len(truth)),
     }
-    return values | ({"pair_precision": len(own & told) / len(told)} if told else {})
+    if told:
+        values |= {"pair_precision": len(own & told) / len(told), "word_precision": len(words & guessed) / len(guessed)}
+    return values
 
 
 def _shown(stage: Stage, texts: Sequence[Sequence[int]], found: Pairs) -> dict[str, Any]:

@@ -93,7 +93,11 @@ VARIANTS = (
     Variant("shared block, at 6 alone"),
     Variant("shared block, at 3 alone", depth=(("steps", 3),)),
     *(Variant(f"MiniLM, first {layers} layers", layers) for layers in (3, 2, 4, 6)),
-    *((Variant("shared block, distilled at 6 alone too", shared=AT_FULL),) if (MODELS / AT_FULL).exists() else ()),
+    *(
+        (Variant("shared block, distilled at 6 alone too", shared=AT_FULL),)
+        if (MODELS / AT_FULL / "quality.json").exists()
+        else ()
+    ),
 )
 
 

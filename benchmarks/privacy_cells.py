@@ -175,6 +175,7 @@ def cells() -> Iterator[Cell]:
         mixtures = (*CORES, *(f"folklora:dp_epsilon={epsilon}.0" for epsilon in EPSILONS))
         yield from attacked("once", "banking77", "mixture", mixtures, seed, gallery=True)
         frames = [f"fedsb:gradient_examples={count}" for count in IN_A_GRADIENT]
+        frames += [f"{frames[-1]}:message.dtype={dtype}" for dtype in ("bfloat16", "int8")]
         yield from attacked("first gradient", "banking77", "first-gradient", frames, seed, warmup=0, gallery=True)
         yield from (Defended("utility", "banking77", method, seed) for method in METHODS)
         yield from attacked("membership", "banking77, halves", "membership", LEAKING, seed, budget=SHADOWS)

@@ -153,17 +153,13 @@ def first_gradient() -> str:
     lines = []
     for v in variants(rows):
         found = of(rows, variant=v)
-        sizes = [_number(found, metric, 1).partition(" ")[0] for metric in ("pairs", "dimensions")]
-        told = [percent(found, metric) for metric in ("word_recall", "word_precision", "pair_recall")]
-        lines.append([v.partition("=")[2], *sizes, *told])
-    header = [
-        "examples in it",
-        "tokens at their places",
-        "dimensions of the rows",
-        "told, %",
-        "words told, %",
-        "right, %",
-    ]
+        told = dict(part.split("=") for part in v.split(":")[1:])
+        shown = [victim for row in found for victim in row["victims"]]
+        sizes = [f"{statistics.fmean(each[key] for each in shown):.0f}" for key in ("pairs", "dimensions")]
+        cells = [percent(found, metric) for metric in ("word_recall", "word_precision", "pair_recall")]
+        lines.append([told["gradient_examples"], told.get("message.dtype", "float32"), *sizes, *cells])
+    header = ["examples in it", "as", "tokens at their places", "dimensions of 384"]
+    header += ["words told, %", "right of what is told, %", "told at their places, %"]
     return markdown(header, lines) + seeds(rows)
 
 

@@ -126,9 +126,9 @@ def test_what_a_cell_costs_is_what_inspect_says(recipe: Recipe) -> None:
     assert regularity_of(made).ratio == pytest.approx(own.value)
 
 
-@pytest.mark.parametrize("most", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("most", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_budget_is_a_number_above_zero(most: float) -> None:
-    with pytest.raises(PlanError, match="budget-seconds = .*; allowed: a number above 0"):
+    with pytest.raises(PlanError, match="budget-seconds = .*; allowed: a finite number above 0"):
         Budget(seconds=most)
 
 
@@ -201,9 +201,10 @@ def test_runs_that_cannot_be_read_together(recipe: Recipe, tmp_path: Path, finis
     (runs[2] / "partition.json").write_text(json.dumps({**partition, "fingerprint": "0" * 64}))
     with pytest.raises(RunError, match="its examples are not those of the recipe's data.source"):
         planned(recipe, tmp_path / "plan", runs[2:])
-    (runs[2] / "partition.json").write_text("{")
-    with pytest.raises(RunError, match=r"partition.json: cannot be read; allowed: what a run writes"):
-        planned(recipe, tmp_path / "plan", runs[2:])
+    for damaged in ("{", "[" * 100_000):
+        (runs[2] / "partition.json").write_text(damaged)
+        with pytest.raises(RunError, match=r"partition.json: cannot be read; allowed: what a run writes"):
+            planned(recipe, tmp_path / "plan", runs[2:])
     assert not (tmp_path / "plan").exists()
 
 

@@ -36,6 +36,7 @@ def document() -> dict[str, Any]:
     return {
         "metric": {"name": "accuracy", "higher": True},
         "budget": {"parameters": 6000, "bytes": None, "seconds": None},
+        "share": 1.0,
         "runs": RUNS,
         "cells": cells,
         "decided": "beyond",
@@ -57,8 +58,10 @@ def test_lines_are_the_predictions_and_points_the_measurements(document: dict[st
     assert lines[1].get_ydata() == pytest.approx([0.522, 0.544, 0.588])
     measured = [line for line in sizes.lines if line.get_markersize() == 4]
     assert [np.asarray(line.get_ydata()).tolist() for line in measured] == [[0.51, 0.52], [0.52, 0.54]]
-    assert {text.get_text() for text in sizes.texts} == {"best", "smallest that may be as good"}
-    assert [text.get_text() for text in sizes.get_legend().get_texts()] == ["1 layer", "2 layers", "budget"]
+    ringed = {line.get_label(): line.get_xydata().tolist() for line in sizes.lines if line.get_markersize() > 10}
+    assert ringed == {"best": [[4000, 0.544]], "smallest that may be as good": [[1000, 0.511]]}
+    told = [text.get_text() for text in sizes.get_legend().get_texts()]
+    assert told == ["1 layer", "2 layers", *ringed, "over budget", "budget"]
     assert [bar.get_width() for bar in errors.patches] == pytest.approx([0.01, 0.04])
     assert [text.get_text().strip() for text in errors.texts] == ["1.0", "4.0"]
 
@@ -69,6 +72,17 @@ def test_refused_it_shows_what_was_measured_and_why(document: dict[str, Any]) ->
     figure = planned({**document, "predictor": None, "budget": dict.fromkeys(document["budget"])})
     assert "no plan" in figure.get_suptitle()
     sizes, errors = figure.axes
-    assert not sizes.texts
+    assert sizes.get_ylabel() == "accuracy (measured)"
     assert [len(line.get_xdata()) for line in sizes.lines if line.get_markersize() == 4] == [2, 2]
     assert len({bar.get_facecolor() for bar in errors.patches}) == 1
+
+
+def test_what_is_drawn_is_the_share_that_is_chosen_among(document: dict[str, Any]) -> None:
+    more = [{**run, "cell": {**run["cell"], "data": 2.0}} for run in RUNS]
+    sizes, _ = planned({**document, "runs": [*RUNS, *more]}).axes
+    assert "100 %" in sizes.get_xlabel()
+    assert [len(line.get_xdata()) for line in sizes.lines if line.get_markersize() == 4] == [2, 2]
+    of_none = planned({**document, "runs": more}).axes[0]
+    assert of_none.get_ylabel() == "accuracy (predicted)"
+    far = planned({**document, "budget": {**document["budget"], "parameters": 5_000_000}}).axes[0]
+    assert far.get_xlim()[1] < 20_000

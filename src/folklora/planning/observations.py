@@ -177,7 +177,7 @@ def _refuse_other_examples(directory: RunDirectory, own: Recipe) -> None:
     path = directory.path / "partition.json"
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise RunError(f"{path}: cannot be read; allowed: what a run writes") from None
     theirs = document.get("fingerprint") if isinstance(document, dict) else None
     if theirs is not None and theirs != fingerprint(data_of(own).table):

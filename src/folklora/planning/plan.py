@@ -67,8 +67,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, most in asdict(self).items():
-            if most is not None and not most > 0:  # nor is NaN
-                raise PlanError(f"budget-{name} = {most:g}; allowed: a number above 0")
+            if most is not None and not 0 < most < float("inf"):  # nor is NaN
+                raise PlanError(f"budget-{name} = {most:g}; allowed: a finite number above 0")
 
     def allows(self, cost: Cost, seconds: float | None = None) -> bool:
         pairs = ((self.parameters, cost.parameters), (self.bytes, cost.bytes), (self.seconds, seconds))
@@ -165,6 +165,7 @@ def plan(
     document: dict[str, Any] = {
         "metric": {"name": metric.name, "higher": metric.higher},
         "budget": asdict(budget),
+        "share": max(axes.data),
         "data": {
             "entropy": "not used" if candidates.unmeasurable else "tokens over regularity",
             "why": candidates.unmeasurable,

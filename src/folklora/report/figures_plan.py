@@ -16,7 +16,9 @@ from folklora.report.style import GREY, MARKERS, Theme, ThemeName, canvas, clean
 Row = Mapping[str, Any]
 BELIEVED, OTHER = 0, GREY
 """Colours of the palette: of the predictor that decides, of the others."""
-TICKS, DODGE = 6, 1.012
+TICKS = 6
+APART = 0.006
+"""Of the axis, by which intervals of different layers stand side by side."""
 
 
 def planned(document: Mapping[str, Any], theme: ThemeName = "light") -> Figure:
@@ -26,7 +28,7 @@ def planned(document: Mapping[str, Any], theme: ThemeName = "light") -> Figure:
     """
     metric = metric_of({"metric": document["metric"]["name"], "higher": document["metric"]["higher"]})
     with drawing(theme) as colors:
-        figure = canvas(3.9, 9.4)
+        figure = canvas(4.1, 9.4)
         sizes, errors = figure.subplots(1, 2, width_ratios=(1.9, 1))
         _sizes(sizes, document, metric, colors)
         _errors(errors, document, metric, colors)
@@ -36,42 +38,67 @@ def planned(document: Mapping[str, Any], theme: ThemeName = "light") -> Figure:
 
 
 def _sizes(ax: Axes, document: Mapping[str, Any], metric: Metric, theme: Theme) -> None:
-    """A line for each number of layers, over what a client trains."""
-    runs: list[Row] = [{**run, **run["cell"]} for run in document["runs"]]
-    cells: Sequence[Row] = document.get("cells") or ()
-    share = max(row["data"] for row in [*runs, *cells])
-    runs, cells = ([row for row in rows if row["data"] == share] for rows in (runs, cells))
+    """A line for each number of layers, over what a client trains; what was chosen is ringed."""
+    share = document["share"]
+    runs = [{**run, **run["cell"]} for run in document["runs"] if run["cell"]["data"] == share]
+    cells = [row for row in document.get("cells") or () if row["data"] == share and row["predicted"] is not None]
+    costs = sorted({_cost(row) for row in [*runs, *cells]}) or [1]
+    gap = (costs[-1] / costs[0]) ** APART
     layers = sorted({row["layers"] for row in [*runs, *cells]})
     for place, count in enumerate(layers):
         color, marker = theme.palette[place % GREY], MARKERS[place % len(MARKERS)]
-        name = f"{count} layer{'s' * (count > 1)}"
-        asked = sorted((row for row in cells if row["layers"] == count and row["predicted"] is not None), key=_cost)
+        asked = sorted((row for row in cells if row["layers"] == count), key=_cost)
         if asked:
             x, y = [_cost(row) for row in asked], [row["predicted"] for row in asked]
             ax.plot(x, y, color=color, linewidth=1.5, zorder=2)
             reach = np.array([[row["predicted"] - row["low"], row["high"] - row["predicted"]] for row in asked]).T
-            aside = np.array(x) * DODGE ** (place - (len(layers) - 1) / 2)  # so that none hides another
+            aside = np.array(x) * gap ** (place - (len(layers) - 1) / 2)  # so that none hides another
             ax.errorbar(aside, y, reach, color=pale(color, theme, 0.45), linestyle="none", linewidth=1.2, zorder=1)
             for row in asked:
                 face = theme.paper if row["within_budget"] else pale(color, theme, 0.3)
                 ax.plot(_cost(row), row["predicted"], marker, color=color, markerfacecolor=face, markersize=6, zorder=3)
         own = [row for row in runs if row["layers"] == count]
         ax.plot([_cost(row) for row in own], [row["value"] for row in own], marker, color=color, markersize=4, zorder=4)
-        ax.plot([], [], marker=marker, color=color, markersize=5, linewidth=1.5, label=name)
-    _point_out(ax, document, theme)
-    if (most := document["budget"]["parameters"]) is not None:
-        ax.axvline(most, color=theme.soft, linewidth=1, linestyle=(0, (2, 2)), label="budget")
-    costs = sorted({_cost(row) for row in [*runs, *cells]})
+        line = 1.5 if cells else 0
+        ax.plot(
+            [], [], marker=marker, color=color, markersize=5, linewidth=line, label=f"{count} layer{'s' * (count > 1)}"
+        )
+    _marked(ax, document, cells, costs, theme)
     ax.set_xscale("log")
+    ax.set_xlim(costs[0] / 1.2 / gap**2, costs[-1] * 1.2 * gap**2)
     ax.xaxis.set_major_locator(FixedLocator(_apart(costs)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel(f"parameters that a client trains, at {100 * share:g} % of the data")
-    ax.set_ylabel(f"{metric.words} (small, full: measured)")
+    ax.set_ylabel(
+        f"{metric.words} ({'small, full: measured' if runs and cells else 'measured' if runs else 'predicted'})"
+    )
     score_axis(ax, metric)
     clean(ax, theme)
     ax.tick_params(which="minor", length=0)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=5, handlelength=1.6, columnspacing=1.2)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4, handlelength=1.6, columnspacing=1.2)
+
+
+def _marked(ax: Axes, document: Mapping[str, Any], cells: Sequence[Row], costs: Sequence[int], theme: Theme) -> None:
+    """The best; the smallest that may be as good, where they are two; what is over the budget, and where that ends."""
+    best, alike = document.get("best"), document.get("smallest_alike")
+    named = [("best", best, "o", 12)] if best else []
+    if alike and alike != best:
+        named.append(("smallest that may be as good", alike, "s", 11))
+    for words, row, marker, size in named:
+        ring: dict[str, Any] = {
+            "markerfacecolor": "none",
+            "markeredgecolor": theme.ink,
+            "markeredgewidth": 1.2,
+            "linestyle": "none",
+        }
+        ax.plot(_cost(row), row["predicted"], marker, markersize=size, zorder=5, label=words, **ring)
+    if any(not row["within_budget"] for row in cells):
+        face = pale(theme.soft, theme, 0.3)
+        ax.plot([], [], "o", color=theme.soft, markerfacecolor=face, linestyle="none", label="over budget")
+    most = document["budget"]["parameters"]
+    if most is not None and costs[0] <= most <= costs[-1]:
+        ax.axvline(most, color=theme.soft, linewidth=1, linestyle=(0, (2, 2)), label="budget")
 
 
 def _cost(row: Row) -> int:
@@ -85,23 +112,6 @@ def _apart(costs: Sequence[int]) -> list[int]:
         return list(costs)
     wanted = np.geomspace(costs[0], costs[-1], TICKS)
     return sorted({min(costs, key=lambda cost: abs(np.log(cost / each))) for each in wanted})
-
-
-def _point_out(ax: Axes, document: Mapping[str, Any], theme: Theme) -> None:
-    """The best, and the smallest that may be as good, where they are two."""
-    best, alike = document.get("best"), document.get("smallest_alike")
-    named = [("best", best, 20)] if best else []
-    if alike and alike != best:
-        named.append(("smallest that may be as good", alike, -24))
-    costs = sorted(_cost(row) for row in document.get("cells") or ())
-    for words, row, up in named:
-        left = _cost(row) ** 2 <= costs[0] * costs[-1]
-        ax.annotate(
-            words, (_cost(row), row["predicted"]), (14 if left else -14, up), textcoords="offset points", fontsize=9,
-            ha="left" if left else "right", color=theme.ink, zorder=5,
-            arrowprops={"arrowstyle": "-", "color": theme.soft},
-            bbox={"facecolor": theme.paper, "edgecolor": "none", "pad": 1, "alpha": 0.85},
-        )  # fmt: skip
 
 
 def _errors(ax: Axes, document: Mapping[str, Any], metric: Metric, theme: Theme) -> None:

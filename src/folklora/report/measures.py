@@ -29,6 +29,10 @@ class Measure:
 MEASURES = (
     Measure("canary_recall", "tokens of a planted secret recovered", "recovered {} of a planted secret", chief=True),
     Measure("token_recall", "tokens of a text recovered", "recovered {} of a text's tokens", chief=True),
+    Measure("word_recall", "words of a client's texts told", "told {} of the words in a client's texts", chief=True),
+    Measure("word_precision", "words told that are in the texts", "was right in {} of the words it told"),
+    Measure("pair_recall", "tokens told at their places", "told {} of the tokens at their places"),
+    Measure("pair_precision", "tokens told at places that are theirs", "was right in {} of the tokens at places"),
     Measure("ssim", "likeness of the pictures (SSIM)", "reached a likeness (SSIM) of {} to the pictures", False, True),
     Measure("summed_precision", "examples named that are the client's", "was right in {} of its answers", chief=True),
     Measure(

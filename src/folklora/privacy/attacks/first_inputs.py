@@ -80,7 +80,7 @@ class FirstInputs:
         free = [name for name in names if torch.equal(one[name][1:], other[name][1:])]
         if not free:
             raise AttackError(
-                f"--attack span: the first adapted layer, {names[0]}, sees tokens that are mixed already; allowed: "
+                f"{names[0]}: the first adapted layer sees tokens that are mixed already; allowed: "
                 "adapter.targets that reach the first attention's inputs"
             )
         return tuple(name for name in free if torch.equal(one[name], one[free[0]]))

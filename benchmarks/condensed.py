@@ -35,7 +35,8 @@ from folklora.recipe import Recipe
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "banking77.toml"
 CHANGES = ("data.limit=1500", "model.max_length=64", "train.rounds=5", "train.evaluate_every=5")
-EMBEDDED = "space=embeddings:ipc=1:length=8:steps=50:server_steps=50"
+EMBEDDED = "space=embeddings:ipc=1:length=8:steps=50:server_steps=50:train.rounds=1"
+"""Half an hour of a core a run: every step goes through the whole backbone, forwards and back."""
 VARIANTS = (
     "sketch",
     "feddm:ipc=1",

@@ -30,7 +30,24 @@ def condensed() -> str:
         for name in order
     ]
     header = ["variant", "seeds", "up a round", "down", "once", "all of a client", "accuracy", "worst tenth"]
-    return markdown([*header, "nearest is the client's", "of classes of one", "found in sums"], lines)
+    table = markdown([*header, "nearest is the client's", "of classes of one", "found in sums"], lines)
+    return table + _tokens([row for rows in found.values() for row in rows if "token_cosine" in row.get("leak", {})])
+
+
+def _tokens(rows: Sequence[Row]) -> str:
+    """Of made-up embeddings: are their nearest tokens near, and the client's?"""
+    if not rows:
+        return ""
+    mean = {
+        (metric, part): statistics.fmean(row["leak"][metric][part] for row in rows)
+        for metric in ("token_cosine", "token_recall")
+        for part in ("mean", "control")
+    }
+    return (
+        f"\n*Nearest tokens of made-up embeddings: cosine {mean['token_cosine', 'mean']:.2f} (another client's: "
+        f"{mean['token_cosine', 'control']:.2f}); {100 * mean['token_recall', 'mean']:.0f} % of a sentence's tokens are among "
+        f"them (another client's: {100 * mean['token_recall', 'control']:.0f} %).*\n"
+    )
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:

@@ -45,8 +45,8 @@ def _tokens(rows: Sequence[Row]) -> str:
     }
     return (
         f"\n*Nearest tokens of made-up embeddings: cosine {mean['token_cosine', 'mean']:.2f} (another client's: "
-        f"{mean['token_cosine', 'control']:.2f}); {100 * mean['token_recall', 'mean']:.0f} % of a sentence's tokens are among "
-        f"them (another client's: {100 * mean['token_recall', 'control']:.0f} %).*\n"
+        f"{mean['token_cosine', 'control']:.2f}); {100 * mean['token_recall', 'mean']:.0f} % of a sentence's tokens "
+        f"are among them (another client's: {100 * mean['token_recall', 'control']:.0f} %).*\n"
     )
 
 

@@ -8,8 +8,8 @@ shelter, and a thin one: up to the LayerNorm's factor an input is a token's vect
 (t, p), (u, p) and (u, q) has (t, q) in the span, too. Of n words at m places the rows have about n + m dimensions, not
 n m; what is told are the words and the places, not which word stood where.
 
-Messages of few bits are noisier: how much is found out by encoding the matrix once more, a little shrunk, and what is
-below that noise is left out [recon]. The control is the message of another client, asked about the victim.
+Messages of few bits are noisier: how much is found out by encoding the matrix once more, and what is below that noise
+is left out [recon]. The control is the message of another client, asked about the victim.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from folklora.privacy.attacks.guess import Form
 from folklora.privacy.attacks.inference import Findings, Inference, Stage
 from folklora.privacy.attacks.metrics import Values
 from folklora.privacy.attacks.result import texts_of
-from folklora.privacy.attacks.rowspan import FARTHEST, RowSpan, decomposed, inside, residuals
+from folklora.privacy.attacks.rowspan import FARTHEST, SLACK, RowSpan, decomposed, inside, residuals
 from folklora.privacy.attacks.victims import tokens_of
 from folklora.randomness import numpy_generator, torch_generator
 
@@ -37,7 +37,8 @@ GRADIENT, COUNT = "gradient/", "count/gradient"
 SHOWN = 8
 """Texts of a victim that are shown."""
 SHRUNK = 0.9993
-"""By so little a matrix is changed before it is encoded again, that all is rounded anew and nothing else happens."""
+"""By so little a matrix is changed before it is encoded again, so that each number is rounded anew; and turned on its
+side, so that blocks of numbers with one scale are other blocks."""
 
 Pairs = frozenset[tuple[int, int]]
 """(token, position)."""
@@ -96,9 +97,9 @@ def _span(sketch: Tensors, sites: Sequence[str], dtype: str) -> RowSpan:
     """Of the rows of layers that share their inputs, each layer's of norm 1, above the noise of the encoding."""
     parts = {site: sketch[f"{GRADIENT}{site}"] for site in sites}
     norms = {site: rows.double().norm().clamp(min=torch.finfo(torch.float64).tiny) for site, rows in parts.items()}
-    again = decode(encode(Message({site: SHRUNK * rows for site, rows in parts.items()}), dtype)).tensors
+    again = decode(encode(Message({site: SHRUNK * rows.T.contiguous() for site, rows in parts.items()}), dtype)).tensors
     whole = torch.cat([rows.double() / norms[site] for site, rows in parts.items()])
-    noise = torch.cat([(again[site].double() / SHRUNK - rows.double()) / norms[site] for site, rows in parts.items()])
+    noise = torch.cat([(again[site].T.double() / SHRUNK - rows.double()) / norms[site] for site, rows in parts.items()])
     values, rows = decomposed(whole)
     floor = max(2**-23 * float(values[0]), 1.5 * float(torch.linalg.matrix_norm(noise, 2)))
     rank = int((values > floor).sum())
@@ -120,7 +121,10 @@ def _tested(inputs: FirstInputs, sketch: Tensors, stage: Stage, client: str) -> 
         chance = min(chance, float(residuals(block, random).min()))
     if float(angles.median()) <= FARTHEST:  # LayerNorms leave a plane, and the span is all of that
         return frozenset(), span
-    chosen = inside(angles, span.noise, chance, span.dimensions * inputs.positions)
+    if SLACK * span.noise > FARTHEST:  # noise explains anything: what chance does not give is all there is to go by
+        chosen = angles <= min(FARTHEST, 0.5 * chance)
+    else:
+        chosen = inside(angles, span.noise, chance, span.dimensions * inputs.positions)
     return frozenset((t, p) for t, p in chosen.nonzero().tolist()), span
 
 

@@ -154,8 +154,9 @@ def first_gradient() -> str:
     for v in variants(rows):
         found = of(rows, variant=v)
         told = dict(part.split("=") for part in v.split(":")[1:])
-        shown = [victim for row in found for victim in row["victims"]]
-        sizes = [f"{statistics.fmean(each[key] for each in shown):.0f}" for key in ("pairs", "dimensions")]
+        shown = [victim for row in found for victim in row["victims"] if "pairs" in victim]
+        counted = ([victim[key] for victim in shown] for key in ("pairs", "dimensions"))
+        sizes = [f"{statistics.fmean(each):.0f}" if each else "-" for each in counted]
         cells = [percent(found, metric) for metric in ("word_recall", "word_precision", "pair_recall")]
         lines.append([told["gradient_examples"], told.get("message.dtype", "float32"), *sizes, *cells])
     header = ["examples in it", "as", "tokens at their places", "dimensions of 384"]

@@ -28,8 +28,10 @@ def play(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.
     rows = [f"{words[i % 6]} {words[i % 5]} {words[i % 4]},label {i % 3}" for i in range(120)]
     source.write_text("\n".join(("text,label", *rows, "")), encoding="utf-8")
     data = {"source": str(source), "clients": 2}
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / depth.SHARED).symlink_to(tiny_model("albert"))
     for name, value in (
-        ("SHARED", tiny_model("albert")),
+        ("MODELS", tmp_path / "models"),
         ("DATA", data),
         ("TUNING", {**data, "limit": 60}),
         ("RATES", ("1e-3", "1e-2")),

@@ -12,16 +12,17 @@ import law
 import law_tables
 import numpy as np
 import pytest
+from scipy.special import expit
 
 LEVELS = ((1, 2, 4, 8), (16, 32, 64, 128), (0.25, 0.5, 1.0))
 
 
 def rows(seeds: int) -> list[dict[str, Any]]:
-    """In the log-linear form, with 0.001 of chance between seeds; test is 0.01 below validation."""
+    """In the log-linear form of log-odds, with 0.001 of chance between seeds; test is 0.01 below validation."""
     random = np.random.default_rng(0)
     found = []
     for (layers, width, share), seed in product(product(*LEVELS), range(seeds)):
-        value = 0.2 + 0.01 * np.log(layers) + 0.03 * np.log(width) + 0.02 * np.log(share)
+        value = expit(-1.2 + 0.05 * np.log(layers) + 0.15 * np.log(width) + 0.1 * np.log(share))
         value += 0.001 * random.standard_normal()
         row = {"layers": layers, "width": width, "share": share, "seed": seed}
         found.append({**row, "validation": {"accuracy": value}, "test": {"accuracy": value - 0.01}})
@@ -37,7 +38,7 @@ def test_the_largest_are_predicted_from_those_that_are_largest_in_nothing() -> N
     assert found["between_seeds"] == pytest.approx(0.001, rel=0.25)
     told = {each["name"]: each for each in found["predictors"]}
     assert told["log-linear"]["largest"] < 0.003 < told["nearest cell"]["largest"]
-    truth = 0.2 + 0.01 * np.log(8) + 0.03 * np.log(128)
+    truth = expit(-1.2 + 0.05 * np.log(8) + 0.15 * np.log(128))
     assert told["log-linear"]["corner"] == pytest.approx(truth, abs=0.003)
     assert found["corner"]["validation"] == pytest.approx(truth, abs=0.003)
     assert found["corner"]["test"] == pytest.approx(found["corner"]["validation"] - 0.01)

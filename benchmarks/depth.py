@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import RESULTS, environment, finish, spread
-from resumable import Row, Store, perform, work
+from resumable import Row, Store, keep, kept, perform, work
 
 from folklora.backbones.loading import find, pretrained, tokenizer_of
 from folklora.data.sources import load
@@ -211,8 +211,7 @@ class Depth:
             yield from (cell for cell in cells if not self.only or any(text in cell.label for text in self.only))
 
     def finished(self, cell: Cell) -> Row | None:
-        path = cell.folder(self.store.runs) / "row.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return kept(cell.folder(self.store.runs))
 
     def left(self) -> list[Cell]:
         return [cell for cell in self.plan() if self.finished(cell) is None]
@@ -240,9 +239,7 @@ class Depth:
             row |= {way: own[f"{way}_per_client_round"] for way in ("bytes_up", "bytes_down")}
             row |= measured(cell, path)
             words = ", ".join(f"K = {steps} {100 * value:.1f}" for steps, value in row["test"].items())
-        temporary = path / "row.json.part"
-        temporary.write_text(json.dumps(row, allow_nan=False), encoding="utf-8")
-        temporary.replace(path / "row.json")
+        keep(path, row)
         return words
 
     def collect(self, times: Sequence[Row] | None = None) -> None:

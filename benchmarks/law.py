@@ -149,8 +149,10 @@ def fitted(rows: Sequence[Row], name: str, metric: str, width: str, sizes: Seque
     share = metric in SHARES
     verdict = judge(points, values, share)
     fits = predictors(share)
+    beyond, between = dict(verdict.beyond), dict(verdict.between)
     if share:
         fits = {LAW: fits[LAW], AS_IS: PREDICTORS[LAW], **fits}
+        beyond[AS_IS], between[AS_IS] = (held_out(fits[AS_IS], points, values, how) for how in ("beyond", "between"))
     told = []
     predicted: dict[str, Floats] = {}
     for each, fit in fits.items():
@@ -160,8 +162,8 @@ def fitted(rows: Sequence[Row], name: str, metric: str, width: str, sizes: Seque
             {
                 "name": each,
                 "largest": _rmse(errors),
-                "beyond": held_out(fit, points, values, "beyond").rmse,
-                "between": held_out(fit, points, values, "between").rmse,
+                "beyond": beyond[each].rmse,
+                "between": between[each].rmse,
                 "corner": float(predicted[each][corner].mean()) if corner.any() else None,
             }
         )

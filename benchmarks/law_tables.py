@@ -163,19 +163,21 @@ def published() -> str:
 
 def predicted() -> Figure | None:
     """Measured against predicted by the law that was fitted to the smaller cells."""
-    found = _pictured()
+    words = "The law, fitted to the smaller cells: measured against predicted"
+    return _side_by_side(3.4, _measured_against_predicted, words)
+
+
+def _side_by_side(height: float, draw: Callable[[Axes, Row, Theme], None], words: str) -> Figure | None:
+    """Each grid of `PAIRS` on axes of its own."""
+    found = [grid for pair in PAIRS for grid in grids((pair[0],)) if grid["metric"] == pair[1]]
     if not found:
         return None
     with drawing("light") as theme:
-        figure = canvas(3.4, 9.4)
+        figure = canvas(height, 9.4)
         for ax, grid in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
-            _measured_against_predicted(ax, grid, theme)
-        headline(figure, "The law, fitted to the smaller cells: measured against predicted")
+            draw(ax, grid, theme)
+        headline(figure, words)
         return figure
-
-
-def _pictured() -> list[Row]:
-    return [grid for pair in PAIRS for grid in grids((pair[0],)) if grid["metric"] == pair[1]]
 
 
 def _measured_against_predicted(ax: Axes, grid: Row, theme: Theme) -> None:
@@ -199,15 +201,8 @@ def _measured_against_predicted(ax: Axes, grid: Row, theme: Theme) -> None:
 
 def surface() -> Figure | None:
     """Measured cells at all of the data, over layers and width."""
-    found = _pictured()
-    if not found:
-        return None
-    with drawing("light") as theme:
-        figure = canvas(3.2, 9.4)
-        for ax, grid in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
-            _lines_by_width(ax, grid, theme)
-        headline(figure, "All of the data: measured (points), and the law fitted to the smaller cells (lines)")
-        return figure
+    words = "All of the data: measured (points), and the law fitted to the smaller cells (lines)"
+    return _side_by_side(3.2, _lines_by_width, words)
 
 
 def _lines_by_width(ax: Axes, grid: Row, theme: Theme) -> None:

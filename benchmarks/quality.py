@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import RESULTS, environment, finish
-from resumable import Row, Store, perform, work
+from resumable import Row, Store, keep, kept, perform, work
 
 from folklora.data.audit.duplicates import exact_duplicates
 from folklora.data.audit.entropy import compression_ratio, regularity, sample_entropy
@@ -246,7 +246,7 @@ class Quality:
         path = cell.folder(self.store.runs)
         if isinstance(cell, Cell):
             return row_of(cell, path)
-        return json.loads((path / "row.json").read_text(encoding="utf-8")) if (path / "row.json").exists() else None
+        return kept(path)
 
     def left(self) -> list[Audits | Cell]:
         return [cell for cell in self.cells() if self.finished(cell) is None]
@@ -258,9 +258,7 @@ class Quality:
             assert row is not None
             return f"{row['accuracy']:.1%}"
         row = audited(cell)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "row.json.part").write_text(json.dumps(row, allow_nan=False), encoding="utf-8")
-        (path / "row.json.part").replace(path / "row.json")
+        keep(path, row)
         told = {f"{f['kind']} {f['rows']:g}": f["auc"]["regularity of blocks"] for f in row["faults"]}
         return ", ".join(f"{name} {value}" for name, value in told.items())
 

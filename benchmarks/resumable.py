@@ -70,6 +70,21 @@ def perform(recipe: Recipe, path: Path) -> Row:
     return row
 
 
+def kept(path: Path) -> Row | None:
+    """What `keep` wrote of a cell that is more than a run, or none: None until it is finished."""
+    file = path / "row.json"
+    row: Row | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return row
+
+
+def keep(path: Path, row: Row) -> None:
+    """Whole or not at all."""
+    path.mkdir(parents=True, exist_ok=True)
+    temporary = path / "row.json.part"
+    temporary.write_text(json.dumps(row, allow_nan=False), encoding="utf-8")
+    temporary.replace(path / "row.json")
+
+
 @dataclass
 class Store:
     """Where runs and results lie."""

@@ -16,7 +16,6 @@ processes can share ``--runs``: kill them at any time, what is finished is reuse
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 from _common import RESULTS, environment, finish
-from resumable import Row, Store, work
+from resumable import Row, Store, keep, kept, work
 from sasrec import Training, scores, train
 from sequences import PADDING, Sequences, badges, markov
 
@@ -118,18 +117,14 @@ class Grid:
             yield from sorted(cells, key=lambda cell: (cell.cost, cell.share, cell.setting))
 
     def finished(self, cell: Cell) -> Row | None:
-        path = cell.folder(self.store.runs) / "row.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return kept(cell.folder(self.store.runs))
 
     def left(self) -> list[Cell]:
         return [cell for cell in self.plan() if self.finished(cell) is None]
 
     def run_one(self, cell: Cell, path: Path) -> str:
         row = play(cell, self.data, self.given)
-        path.mkdir(parents=True, exist_ok=True)
-        temporary = path / "row.json.part"
-        temporary.write_text(json.dumps(row, allow_nan=False), encoding="utf-8")
-        temporary.replace(path / "row.json")
+        keep(path, row)
         return ", ".join(f"{key} {value:.4f}" for key, value in row["validation"].items())
 
     def collect(self) -> None:

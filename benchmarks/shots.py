@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import RESULTS, environment, finish
-from resumable import Row, Store, work
+from resumable import Row, Store, keep, kept, work
 from torch import Tensor
 
 from folklora.data.augmentation.choose import KINDS, Augmenter
@@ -184,18 +183,14 @@ class Shots:
                     yield Cell(setting, shots, seed)
 
     def finished(self, cell: Cell) -> Row | None:
-        path = cell.folder(self.store.runs) / "row.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return kept(cell.folder(self.store.runs))
 
     def left(self) -> list[Cell]:
         return [cell for cell in self.plan() if self.finished(cell) is None]
 
     def run_one(self, cell: Cell, path: Path) -> str:
         row = play(cell, self.store.runs)
-        path.mkdir(parents=True, exist_ok=True)
-        temporary = path / "row.json.part"
-        temporary.write_text(json.dumps(row, allow_nan=False), encoding="utf-8")
-        temporary.replace(path / "row.json")
+        keep(path, row)
         return ", ".join(f"{kind} {100 * np.mean(values):.1f}" for kind, values in row["accuracy"].items())
 
     def collect(self) -> None:

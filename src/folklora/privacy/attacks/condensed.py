@@ -36,7 +36,6 @@ from folklora.privacy.attacks.metrics import Texts, Values, text_metrics
 from folklora.privacy.attacks.mixture import SHOWN, Means, bare_texts, closest, identified, nearest_of, summed
 from folklora.privacy.attacks.result import texts_of
 from folklora.privacy.attacks.witness import Alone
-from folklora.randomness import numpy_generator
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,8 @@ class CondensedInversion(Inference):
         if not isinstance(setup.method, Condensed):
             findings.notes.append(f"method {setup.recipe.method.name!r} sends no condensed data")
             return findings
-        others = list(setup.clients)
         for client in stage.clients:
-            draw = numpy_generator(stage.seed, "condensed", client)
-            another = str(draw.choice([each for each in others if each != client] or others))
-            own, control = (upload_of(stage, each) for each in (client, another))
+            own, control = (upload_of(stage, each) for each in (client, stage.another(client, self.name)))
             if own is None or control is None:
                 findings.notes.append(f"client {client}: it, or the control, sent nothing that is read")
                 continue

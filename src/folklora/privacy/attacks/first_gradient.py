@@ -15,23 +15,22 @@ is left out [recon]. The control is the message of another client, asked about t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from folklora.adapters.lowrank import Tensors
 from folklora.federation.codec import decode, encode
-from folklora.federation.member import Member, MemberData
-from folklora.federation.setup import Setup
+from folklora.federation.member import MemberData
 from folklora.methods.contract import Message
 from folklora.privacy.attacks.first_inputs import FirstInputs
 from folklora.privacy.attacks.guess import Form
 from folklora.privacy.attacks.inference import Findings, Inference, Stage
 from folklora.privacy.attacks.metrics import Values
 from folklora.privacy.attacks.result import texts_of
-from folklora.privacy.attacks.rowspan import FARTHEST, SLACK, RowSpan, decomposed, inside, residuals
+from folklora.privacy.attacks.rowspan import FARTHEST, SLACK, RowSpan, decomposed, inside, random_like, residuals
 from folklora.privacy.attacks.victims import tokens_of
-from folklora.randomness import numpy_generator, torch_generator
+from folklora.privacy.attacks.witness import sketch_of
+from folklora.randomness import torch_generator
 
 GRADIENT, COUNT = "gradient/", "count/gradient"
 SHOWN = 8
@@ -54,11 +53,8 @@ class FirstGradient(Inference):
 
     def infer(self, stage: Stage) -> Findings:
         findings, setup = Findings(), stage.warm.setup
-        others = list(setup.data.splits)
         for client in stage.clients:
-            draw = numpy_generator(stage.seed, "first-gradient", client)
-            another = str(draw.choice([each for each in others if each != client] or others))
-            data, sketch = _sent(setup, client)
+            data, sketch = sketch_of(setup, client)
             if not any(name.startswith(GRADIENT) for name in sketch):
                 findings.notes.append(f"method {setup.recipe.method.name!r} sends no dense gradient")
                 return findings
@@ -68,7 +64,8 @@ class FirstGradient(Inference):
             texts = [tokens_of(setup.encoded[i]) for i in rows]
             inputs = self._inputs(stage, client, max(map(len, texts)))
             truth = frozenset((token, place) for text in texts for place, token in enumerate(text))
-            told = [_tested(inputs, each, stage, client) for each in (sketch, _sent(setup, another)[1])]
+            _, control = sketch_of(setup, stage.another(client, self.name))
+            told = [_tested(inputs, each, stage, client) for each in (sketch, control)]
             public = frozenset(stage.lens.replica.backbone.tokenizer.all_special_ids)
             findings.values.append(_scores(told[0][0], truth, public))
             findings.controls.append(_scores(told[1][0], truth, public))
@@ -86,11 +83,6 @@ class FirstGradient(Inference):
         length = positions if lens.knowledge.lengths else lens.usual_length
         before = stage.warm.setup.method.initial(client)
         return FirstInputs(lens.replica, before, length, torch.float32)  # as the gradient is computed, always
-
-
-def _sent(setup: Setup, client: str) -> tuple[bytes, Tensors]:
-    data = Member(setup, client).sketch()
-    return (b"", {}) if data is None else (data, dict(decode(data).tensors))
 
 
 def _span(sketch: Tensors, sites: Sequence[str], dtype: str) -> RowSpan:
@@ -112,9 +104,7 @@ def _tested(inputs: FirstInputs, sketch: Tensors, stage: Stage, client: str) -> 
     span = _span(sketch, inputs.sites, stage.warm.setup.recipe.message.dtype)
     if not span.dimensions or span.everything:
         return frozenset(), span
-    generator = torch_generator(stage.seed, "attack", client)
-    drawn = torch.randn(span.basis.T.shape, generator=generator, dtype=span.basis.dtype)
-    random = replace(span, basis=torch.linalg.qr(drawn).Q.T.contiguous(), noise=1.0)
+    random = random_like(span, torch_generator(stage.seed, "attack", client))
     angles, chance = torch.ones(inputs.vocabulary, inputs.positions), 1.0
     for start, block in inputs.every():
         angles[start : start + len(block)] = residuals(block, span).float()

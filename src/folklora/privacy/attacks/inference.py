@@ -16,6 +16,7 @@ from folklora.privacy.attacks.attacker import Attacker
 from folklora.privacy.attacks.guess import Attack
 from folklora.privacy.attacks.metrics import Values, summary
 from folklora.privacy.attacks.warm import Warm
+from folklora.randomness import numpy_generator
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,12 @@ class Stage:
         split = self.warm.setup.data.splits[client]
         own = np.concatenate([split.train, split.validation, split.test])
         return np.setdiff1d(np.arange(len(self.warm.setup.data.table.labels)), own)
+
+    def another(self, client: str, attack: str) -> str:
+        """Whose message is the control of this client's: any other one, and itself where it is alone."""
+        others = list(self.warm.setup.data.splits)
+        draw = numpy_generator(self.seed, attack, client)
+        return str(draw.choice([each for each in others if each != client] or others))
 
 
 @dataclass

@@ -27,11 +27,10 @@ import torch
 
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import AttackError
-from folklora.federation.codec import decode
-from folklora.federation.member import Member
 from folklora.methods.condensed import COUNTS
 from folklora.privacy.attacks.inference import Findings, Inference, Stage
 from folklora.privacy.attacks.shadows import Cast, shadows, victim
+from folklora.privacy.attacks.witness import sketch_of
 from folklora.randomness import numpy_generator
 
 LEAST = 8
@@ -85,10 +84,10 @@ class LabelDistribution(Inference):
         setup, classes = stage.warm.setup, len(prior)
         draw = numpy_generator(stage.seed, "labels", client)
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        counted = from_sketch(_sketch(stage, client), classes)
+        counted = from_sketch(sketch_of(setup, client)[1], classes)
         others = [other for other in setup.data.splits if other != client]
         if counted is not None and others:
-            another = from_sketch(_sketch(stage, str(draw.choice(others))), classes)
+            another = from_sketch(sketch_of(setup, str(draw.choice(others)))[1], classes)
             found["sketch"] = counted, prior if another is None else another
         if "head/bias" in target.sent and len(target.sent["head/bias"]) == classes:
             moved = (target.before["head/bias"] - target.sent["head/bias"]).double().numpy()
@@ -230,12 +229,6 @@ def _update(cast: Cast) -> np.ndarray:
         move = sent.float() - start.float() if start is not None and start.shape == sent.shape else sent.float()
         parts.append((move / move.norm().clamp(min=1e-12)).flatten())
     return torch.cat(parts).double().numpy()
-
-
-def _sketch(stage: Stage, client: str) -> Tensors:
-    member = Member(stage.warm.setup, client)
-    data = member.sketch()
-    return {} if data is None else dict(decode(data).tensors)
 
 
 def _measured(name: str, guess: np.ndarray, true: np.ndarray) -> dict[str, float]:

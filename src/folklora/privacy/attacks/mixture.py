@@ -28,14 +28,12 @@ from torch.nn import functional as F
 
 from folklora.adapters.lowrank import Tensors
 from folklora.data.mixtures import projection
-from folklora.federation.codec import decode
-from folklora.federation.member import Member
 from folklora.privacy.attacks.gallery import data_uri
 from folklora.privacy.attacks.inference import Findings, Inference, Stage
 from folklora.privacy.attacks.metrics import Texts, Values, text_metrics
 from folklora.privacy.attacks.result import texts_of
 from folklora.privacy.attacks.victims import tokens_of
-from folklora.randomness import numpy_generator
+from folklora.privacy.attacks.witness import sketch_of
 
 LARGEST = 32
 """A class of more examples is not taken apart: its sum says too little of each."""
@@ -69,16 +67,11 @@ class MixtureInversion(Inference):
     def infer(self, stage: Stage) -> Findings:
         findings = Findings()
         setup = stage.warm.setup
-        others = list(setup.data.splits)
         for client in stage.clients:
-            data = Member(setup, client).sketch()
-            sketch = {} if data is None else dict(decode(data).tensors)
+            data, sketch = sketch_of(setup, client)
             findings.sent = {name: list(tensor.shape) for name, tensor in sketch.items()}
-            findings.bytes = 0 if data is None else len(data)
-            draw = numpy_generator(stage.seed, "mixture", client)
-            another = str(draw.choice([each for each in others if each != client] or others))
-            data = Member(setup, another).sketch()
-            told = means_of(sketch), means_of({} if data is None else dict(decode(data).tensors))
+            findings.bytes = len(data)
+            told = means_of(sketch), means_of(sketch_of(setup, stage.another(client, self.name))[1])
             if not all(len(means) for means in told):
                 findings.notes.append(f"client {client}: no class is left in its sketch or in the control's")
                 continue

@@ -119,6 +119,12 @@ def residuals(candidates: Tensor, span: RowSpan) -> Tensor:
     return (1 - inside / squares.clamp(min=torch.finfo(x.dtype).tiny)).clamp(min=0).sqrt()
 
 
+def random_like(span: RowSpan, generator: torch.Generator) -> RowSpan:
+    """A random subspace of as many dimensions: how near candidates lie to it is chance."""
+    drawn = torch.randn(span.basis.T.shape, generator=generator, dtype=span.basis.dtype)
+    return RowSpan(torch.linalg.qr(drawn).Q.T.contiguous(), span.values, 1.0)
+
+
 def inside(scores: Tensor, noise: float, chance: float, most: int) -> Tensor:
     """Which residuals are those of inputs, and not of candidates that happen to lie near.
 

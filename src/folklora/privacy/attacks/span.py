@@ -45,7 +45,7 @@ from folklora.privacy.attacks.guess import Attack, Form, Guess
 from folklora.privacy.attacks.observation import Observation, Victim
 from folklora.privacy.attacks.prior import Prior
 from folklora.privacy.attacks.pursuit import View, pursue
-from folklora.privacy.attacks.rowspan import RowSpan, Space, inside, residuals, row_span
+from folklora.privacy.attacks.rowspan import RowSpan, Space, inside, random_like, residuals, row_span
 from folklora.privacy.attacks.victims import tokens_of
 
 NEAREST = (100, 1000)
@@ -142,7 +142,7 @@ def _tested(
 ) -> tuple[Tensor, Inputs]:
     """Residuals [spaces, vocabulary, positions], and which (token, position) lie in all spans."""
     angles = torch.ones(len(telling), inputs.vocabulary, inputs.positions)
-    random = [_random(span, generator) for _, span in telling]
+    random = [random_like(span, generator) for _, span in telling]
     chance = [1.0] * len(telling)
     for start, block in inputs.every():
         for i, (space, span) in enumerate(telling):
@@ -151,12 +151,6 @@ def _tested(
             chance[i] = min(chance[i], float(residuals(candidates, random[i]).min()))
     within = [inside(angles[i], span.noise, chance[i], most) for i, (_, span) in enumerate(telling)]
     return angles, frozenset((t, p) for t, p in torch.stack(within).all(0).nonzero().tolist())
-
-
-def _random(span: RowSpan, generator: torch.Generator) -> RowSpan:
-    """A random subspace of as many dimensions."""
-    drawn = torch.randn(span.basis.T.shape, generator=generator, dtype=span.basis.dtype)
-    return RowSpan(torch.linalg.qr(drawn).Q.T.contiguous(), span.values, 1.0)
 
 
 def _pursued(

@@ -77,7 +77,7 @@ def watch(
     """
     setup = with_batch(warm.setup, victim.client, victim.rows, steps)
     client, state = victim.client, warm.state
-    sketch = _sketch(warm, client)
+    _, sketch = sketch_of(warm.setup, client)
     if setup.recipe.secure.kind != "none":  # what one client sends is nothing that a server can read
         blank = _observation(setup, victim, warm.round + 1, setup.method.initial(client), Message(), {}, {}, knowledge)
         return [Seen(blank, 0, ())]
@@ -115,9 +115,10 @@ def _read(intake: Any, setup: Setup, round: int, state: State, upload: Upload) -
     return intake.read(round, state, client, upload.data, said) or Message(), len(upload.data)
 
 
-def _sketch(warm: Warm, client: str) -> Tensors:
-    data = Member(warm.setup, client).sketch()
-    return {} if data is None else dict(decode(data).tensors)
+def sketch_of(setup: Setup, client: str) -> tuple[bytes, Tensors]:
+    """What a client sends once: as it travels, and decoded; both empty where it sends nothing."""
+    data = Member(setup, client).sketch()
+    return (b"", {}) if data is None else (data, dict(decode(data).tensors))
 
 
 def _observation(

@@ -7,7 +7,8 @@
 
 What is measured stands in `privacy_cells.py`. As in `accuracy.py` any number of processes can share ``--runs``: kill
 them at any time, what is finished is reused and what was begun goes on. The most telling cells come first, so a partial
-page is worth reading. Victims, batches and compute of an attack are the same for every method.
+page is worth reading; rows whose runs are gone stay as they were collected. Victims, batches and compute of an attack
+are the same for every method.
 """
 
 from __future__ import annotations
@@ -38,32 +39,38 @@ class Privacy:
     bench: Store  # its files, and the lock on them
     cells: list[Cell]
     read: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    held: dict[str, dict[str, Any]] = field(init=False)
 
     def path(self, cell: Cell) -> Path:
-        return self.bench.runs / cell.part.replace(" ", "-") / cell.name
+        return self.bench.runs / cell.place
 
-    def finished(self, cell: Cell) -> dict[str, Any] | None:
-        """The result on disk, if it is there: an attack's document, or a run's row."""
+    def __post_init__(self) -> None:
+        self.held = self._held()
+
+    def _held(self) -> dict[str, dict[str, Any]]:
+        """What was collected before, by cell: runs are not kept for ever."""
+        return {row["cell"]: row for row in self.bench.load("privacy").get("rows", [])}
+
+    def row(self, cell: Cell) -> dict[str, Any] | None:
+        """What the page shows of a cell: from its files, or as it was collected; None until it is finished."""
         path = self.path(cell)
         if path not in self.read:
             file = path / ("result.json" if isinstance(cell, Attacked) else "summary.json")
             if not file.exists():
-                return None
+                return self.held.get(cell.place)
             document = json.loads(file.read_text(encoding="utf-8"))
-            self.read[path] = document if isinstance(cell, Attacked) else _row(document, path)
+            found = document if isinstance(cell, Attacked) else _row(document, path)
+            self.read[path] = {**cell.told(), **_short(cell, found), "cell": cell.place}
         return self.read[path]
 
     def left(self) -> list[Cell]:
-        return [cell for cell in self.cells if self.finished(cell) is None]
+        return [cell for cell in self.cells if self.row(cell) is None]
 
     def collect(self) -> None:
-        """Rewrite ``privacy.json`` from the runs on disk."""
+        """Rewrite ``privacy.json`` from the runs on disk and what it held before."""
         with self.bench.locked():
-            rows = []
-            for cell in self.cells:
-                found = self.finished(cell)
-                if found is not None:
-                    rows.append({**cell.told(), **_short(cell, found)})
+            self.held = self._held()
+            rows = [row for cell in self.cells if (row := self.row(cell)) is not None]
             where = environment(torch.device("cpu"), torch.float32)
             planned = {
                 part: sum(c.part == part for c in self.cells) for part in dict.fromkeys(c.part for c in self.cells)

@@ -82,6 +82,11 @@ class Cell(ABC):
     def name(self) -> str:
         """Of the folder with its result."""
 
+    @property
+    def place(self) -> str:
+        """The folder of its result, under that of the runs: tells the setting, the plan and the seed apart."""
+        return f"{self.part.replace(' ', '-')}/{self.name}"
+
     def told(self) -> dict[str, Any]:
         return {"part": self.part, "setting": self.setting, "variant": self.method, "seed": self.seed}
 

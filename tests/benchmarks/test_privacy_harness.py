@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,27 @@ def test_what_is_done_is_not_done_again_and_what_fails_is_told(
     assert bench.ran == first[1]
     epsilons = {row["row"]["privacy"]["epsilon"] for row in document["rows"] if row.get("row", {}).get("privacy")}
     assert epsilons == set(privacy_cells.EPSILONS)
+
+
+def test_rows_whose_runs_are_gone_stay_and_are_not_measured_again(bench: SimpleNamespace, tmp_path: Path) -> None:
+    before = bench.run("--only", "once,utility; banking77", "--seed", "0")
+    shutil.rmtree(tmp_path / "runs")
+    bench.attacked.clear()
+    bench.ran.clear()
+    after = bench.run("--only", "once,utility; banking77", "--seed", "0,1")
+    assert {seed for *_, seed in (*bench.attacked, *bench.ran)} == {1}
+    assert [row for row in after["rows"] if row["seed"] == 0] == before["rows"]
+    assert len(after["rows"]) == 2 * len(before["rows"])
+
+
+def test_a_row_of_another_plan_does_not_stay(
+    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.run("--only", "utility; banking77", "--seed", "0")
+    shutil.rmtree(tmp_path / "runs")
+    shorter = {**privacy_cells.SETTINGS, "banking77": ("banking77.toml", ("data.limit=500",))}
+    monkeypatch.setattr(privacy_cells, "SETTINGS", shorter)
+    assert bench.run("--collect")["rows"] == []
 
 
 def test_tables_and_pictures_are_what_was_measured(bench: SimpleNamespace) -> None:

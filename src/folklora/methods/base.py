@@ -263,6 +263,11 @@ class Method:
             return None
         return Message(select(client.tensors, self.shared(round)), {"examples": client.examples})
 
+    def as_trained(self, tensors: Tensors) -> Tensors:
+        """The tensors of an upload by the names under which clients train them: what its reader can compare with a
+        gradient. Differs from the upload where a method sends them in another form."""
+        return tensors
+
     def known(self, round: int, client: str, told: Tensors, message: Message) -> Tensors:
         """What both sides know of an upload before it is sent, so that compression may send the difference to it.
 

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from folklora.adapters.lowrank import Shapes, Site, Tensors, orthonormal, select
+from folklora.adapters.lowrank import Shapes, Site, Tensors, kind, orthonormal, select
 from folklora.errors import MessageError, MethodError
 from folklora.methods.aggregation import weighted_mean
 from folklora.methods.base import Method, blank
@@ -210,6 +210,17 @@ class Ravan(Method):
                 tensors[f"H/{site.name}"] = cores[index.long()]
                 tensors[f"index/{site.name}"] = index.clone()  # a note is the client's own memory
         return Message(tensors, {"examples": client.examples})
+
+    def as_trained(self, tensors: Tensors) -> Tensors:
+        """Cores on the diagonal, zeros for heads that rested; gains are 1 when a round begins, and g_i H_i counts as
+        H_i: what the gain itself has moved is beside that small [recon]."""
+        found = {name: tensor for name, tensor in tensors.items() if kind(name) not in {"H", "index"}}
+        for site in self.context.sites:
+            if (sent := tensors.get(f"H/{site.name}")) is not None:
+                cores = sent.new_zeros(self.heads, self.head_rank, self.head_rank)
+                cores[tensors.get(f"index/{site.name}", torch.arange(self.heads)).long()] = sent
+                found[f"C/{site.name}"] = torch.block_diag(*cores)
+        return found
 
     def server(self, round: int, state: State, messages: Mapping[str, Message]) -> State:
         p = self.weights(messages)

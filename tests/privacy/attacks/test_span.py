@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from folklora.errors import AttackError
+from folklora.federation.run import variant
 from folklora.federation.setup import prepare
 from folklora.privacy.attacks.assembly import Assembly
 from folklora.privacy.attacks.canvas import TextCanvas
@@ -165,6 +166,22 @@ def test_rows_of_a_span_are_those_of_layers_that_share_inputs() -> None:
     assert spaces({"C/q": torch.zeros(RANK, RANK), "B/v": torch.full((OUT, RANK), torch.nan)}, before, ["q", "v"]) == []
 
 
+def test_cores_side_by_side_have_a_space_each() -> None:
+    layer = Layer()
+    tokens, downs, cores = layer.tokens(3), [], []
+    for _ in range(2):
+        layer.a = layer.random(RANK, WIDTH)
+        downs.append(layer.a)
+        cores.append(layer.gradients(tokens)["c"])
+    sent, before = {"C/q": torch.block_diag(*cores)}, {"A/q": torch.cat(downs)}
+    mask = torch.block_diag(*[torch.ones(RANK, RANK)] * 2)
+    apart = spaces(sent, before, ["q"], {"C/q": mask})
+    assert [space.rows.shape for space in apart] == [(RANK, RANK)] * 2
+    assert [found(space.of(layer.inputs), space.rows, 3) for space in apart] == [tokens] * 2
+    (whole,) = spaces(sent, before, ["q"])
+    assert whole.rows.shape == (2 * RANK, 2 * RANK)
+
+
 def test_rows_whose_squares_are_zero_are_rows_all_the_same() -> None:
     sent = {"C/q": torch.arange(float(RANK * RANK)).view(RANK, RANK)}
     before = {"A/q": torch.ones(RANK, WIDTH)}
@@ -247,6 +264,22 @@ def test_cores_and_up_factors_give_it_away_where_their_rank_is_above_its_length(
     else:
         assert result["found_recall"] < 0.5
         assert result["exact_match"] < 0.5
+
+
+@pytest.mark.parametrize("view", ["gradient", "sent"])
+@pytest.mark.parametrize("method", ["ravan:heads=2", "ravan:heads=2:budget=1"])
+def test_several_cores_give_it_away_where_the_rank_of_one_is_above_its_length(
+    method: str, view: Any, tiny_recipe: Callable[..., Any]
+) -> None:
+    """At ranks of 8 and of 32 in all; two of three texts have fewer than 16 tokens."""
+    sgd = ("train.optimizer=sgd", "train.lr=1.0", "train.clip=none")
+    few, many = (
+        span(variant(tiny_recipe(f"adapter.rank={rank}", *sgd), method, 0), knowledge=Knowledge(view), victims=3)
+        for rank in (4, 16)
+    )
+    assert few["token_recall"] < 0.4
+    assert many["token_recall"] > 0.8
+    assert many["metrics"]["token_recall"]["control"] < 0.2
 
 
 def test_nothing_is_found_before_anything_moved(tiny_recipe: Callable[..., Any]) -> None:

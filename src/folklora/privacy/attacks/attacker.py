@@ -21,7 +21,7 @@ from folklora.backbones.causal import CausalLM
 from folklora.privacy.attacks.canvas import PictureCanvas, TextCanvas
 from folklora.privacy.attacks.labels import labels_of
 from folklora.privacy.attacks.objective import norm, signed
-from folklora.privacy.attacks.observation import Knowledge, Observation, cut
+from folklora.privacy.attacks.observation import Knowledge, Observation, cut, moving
 from folklora.privacy.attacks.prior import Prior
 from folklora.privacy.attacks.replica import Replica
 
@@ -104,6 +104,7 @@ class Attacker:
         found = self.replica.gradients(
             seen.before, names, inputs.to(self.replica.device), labels, lengths, prompts, create_graph=slope
         )
+        found = moving(found, seen.masks)
         guessed = {name: cut(name, tensor, {**seen.sent, **seen.gradient}) for name, tensor in found.items()}
         target = {name: tensor.to(self.replica.device) for name, tensor in seen.gradient.items()}
         if self.knowledge.view == "sent":

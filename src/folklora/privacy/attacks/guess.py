@@ -63,12 +63,15 @@ class Attack:
     def control(self, seen: Observation, generator: torch.Generator) -> Observation:
         """The same observation without what it says: the numbers of every tensor that was sent, shuffled."""
 
+        def mixed(name: str, tensor: Tensor) -> Tensor:
+            mask = seen.masks.get(name)
+            if mask is None or mask.shape != tensor.shape:
+                return tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view(tensor.shape)
+            moved = mask.bool()
+            own = tensor[moved]
+            return tensor.masked_scatter(moved, own[torch.randperm(len(own), generator=generator)])
+
         def shuffled(tensors: Tensors) -> Tensors:
-            return {
-                name: tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view(tensor.shape)
-                if tensor.is_floating_point()
-                else tensor
-                for name, tensor in tensors.items()
-            }
+            return {name: mixed(name, t) if t.is_floating_point() else t for name, t in tensors.items()}
 
         return replace(seen, gradient=shuffled(seen.gradient), sent=shuffled(seen.sent), sketch=shuffled(seen.sketch))

@@ -6,7 +6,7 @@ that was ever sent or replied. What else it is granted is said by `Knowledge` an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -81,6 +81,9 @@ class Observation:
         What the client once sent (``statistics/...``, ``mixture/...``), decoded.
     prompts
         causal-lm: how many of each text's tokens are its prompt; known where the lengths are.
+    masks
+        1 where a tensor of ``gradient`` was trained and 0 where it rested, in the client's own shape; tensors that are
+        not named were trained whole.
     """
 
     client: str
@@ -97,6 +100,12 @@ class Observation:
     lengths: list[int] | None
     sketch: Tensors
     prompts: list[int] | None = None
+    masks: Tensors = field(default_factory=dict)
+
+
+def moving(tensors: Tensors, masks: Tensors) -> Tensors:
+    """Zero wherever a tensor rested."""
+    return {name: t * masks[name].to(t.device) if name in masks else t for name, t in tensors.items()}
 
 
 def cut(name: str, tensor: Tensor, sent: Tensors) -> Tensor:

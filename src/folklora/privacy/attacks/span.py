@@ -18,6 +18,9 @@ Let x_t be the input of an adapted layer at token t, dy_t the loss's slope at it
   AdamW's steps are no combinations of gradients, nor does weight decay leave the span alone: the attack then uses what
   was sent all the same, as the best it has [recon].
 
+5. Several cores side by side (RAVAN) are blocks of one, each with a span of its own in R^r: at h r^2 numbers they tell
+  as little as one of rank r, and the core of rank r sqrt(h) that costs as much tells more [recon].
+
 The rank is chosen by the gap between singular values, what they fall to is the noise, and a (token, position) counts
 as *found* where its residual is explained by that noise and is below half of the smallest one that a random span of as
 many dimensions leaves: the false positives' control within each attack. Tokens of one
@@ -60,11 +63,11 @@ Inputs = frozenset[tuple[int, int]]
 """(token, position)."""
 
 
-def spaces(gradient: Tensors, before: Tensors, sites: Sequence[str]) -> list[Space]:
+def spaces(gradient: Tensors, before: Tensors, sites: Sequence[str], masks: Tensors | None = None) -> list[Space]:
     """Where the inputs of these layers, which share them, can be looked for in what was sent.
 
     Rows of A's gradients live where the inputs do, and are put together; where there are none, every layer's core and
-    B has a space of its own.
+    B has a space of its own, and so has each block of a core whose other entries rest (``masks``).
     """
     whole = [gradient[f"A/{site}"] for site in sites if f"A/{site}" in gradient]
     whole = [_unit(rows) for rows in whole if rows.any() and rows.isfinite().all()]
@@ -75,9 +78,18 @@ def spaces(gradient: Tensors, before: Tensors, sites: Sequence[str]) -> list[Spa
         a, c = before[f"A/{site}"].float(), before.get(f"C/{site}")
         for name, factor in ((f"C/{site}", a), (f"B/{site}", a if c is None else c.float() @ a)):
             rows = gradient.get(name)
-            if rows is not None and rows.any() and rows.isfinite().all() and rows.shape[1] == len(factor):
-                found.append(Space(_unit(rows), factor))
+            if rows is not None and rows.isfinite().all() and rows.shape[1] == len(factor):
+                blocks = _blocks(rows, (masks or {}).get(name))
+                found += [Space(_unit(block), factor[columns]) for block, columns in blocks if block.any()]
     return found
+
+
+def _blocks(rows: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Rows that move in the same columns, cut to these, and which columns they are."""
+    if mask is None or mask.shape != rows.shape:
+        return [(rows, torch.arange(rows.shape[1]))]
+    patterns, which = mask.bool().unique(dim=0, return_inverse=True)
+    return [(rows[which == i][:, columns], columns.nonzero().squeeze(1)) for i, columns in enumerate(patterns)]
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -100,7 +112,7 @@ class Span(Attack):
         inputs = FirstInputs(lens.replica, seen.before, canvas.free.shape[1], dtype)
         public = _inputs(canvas.known[~canvas.free & canvas.real], ~canvas.free & canvas.real)
         telling = []
-        for space in spaces(seen.gradient, seen.before, inputs.sites):
+        for space in spaces(seen.gradient, seen.before, inputs.sites, seen.masks):
             span = row_span(space.rows, most=int(canvas.real.sum()))
             if 0 < span.dimensions < span.basis.shape[1]:
                 telling.append((space, span))
@@ -133,7 +145,7 @@ def _sorted_out(
     if not behind:
         return texts
     sites = behind[: len(inputs.sites)]
-    told = spaces(seen.gradient, seen.before, sites)
+    told = spaces(seen.gradient, seen.before, sites, seen.masks)
     return Assembly(lens.replica, seen.before, sites[0], told, inputs.dtype).improved(texts, free)
 
 

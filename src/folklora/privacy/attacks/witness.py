@@ -7,7 +7,7 @@ that follows from the seed, the welcome and the replies, taken in as a client wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from folklora.federation.local import LocalEngine
 from folklora.federation.member import Member
 from folklora.federation.setup import Setup
 from folklora.methods.contract import Client, Message, State
-from folklora.privacy.attacks.observation import Knowledge, Observation, Victim, cut
+from folklora.privacy.attacks.observation import Knowledge, Observation, Victim, cut, moving
 from folklora.privacy.attacks.replica import Replica
 from folklora.privacy.attacks.warm import Warm, with_batch
 from folklora.training.cohort import CohortTrainer, Job
@@ -100,6 +100,7 @@ def watch(
         before = true if knowledge.bases else believed(warm, client, number, state, public)
         gradient, unmatched = _gradient(setup, jobs, message, before, knowledge, replica, victim)
         seen = _observation(setup, victim, number, before, message, gradient, sketch, knowledge)
+        seen = replace(seen, masks=_masks(jobs, gradient))
         found.append(Seen(seen, size, unmatched))
         if number < warm.round + rounds and message.tensors:
             state = intake.server(number, state, {client: message}, Ledger())
@@ -164,19 +165,27 @@ def _gradient(
     """Of each trained tensor that travelled: exact, or read off how far it moved; and what was left out."""
     if not jobs:
         return {}, tuple(message.tensors)
-    job = jobs[0]
-    names = [name for name, sent in message.tensors.items() if name in job.trained and _fits(name, sent, message, job)]
-    unmatched = tuple(name for name in message.tensors if name not in names and kind(name) != "index")
+    job, sent = jobs[0], setup.method.as_trained(message.tensors)
+    names = [name for name in sent if name in job.trained and _fits(name, sent, job)]
+    unmatched = tuple(name for name in sent if name not in names and kind(name) != "index")
+    masks = _masks(jobs, names)
     if knowledge.view == "gradient":
         exact = replica.exact(job.tensors, names, victim.examples, torch.from_numpy(np.asarray(victim.labels)))
-        return {name: cut(name, exact[name].cpu(), message.tensors) for name in names}, unmatched
+        return {name: cut(name, slope.cpu(), sent) for name, slope in moving(exact, masks).items()}, unmatched
     way = travelled(setup, job)
-    return {n: (cut(n, before[n], message.tensors) - message.tensors[n].float()) / way for n in names}, unmatched
+    start = moving({name: before[name] for name in names}, masks)
+    return {name: (cut(name, start[name], sent) - sent[name].float()) / way for name in names}, unmatched
 
 
-def _fits(name: str, sent: Tensor, message: Message, job: Job) -> bool:
-    whole = job.tensors[name].shape
-    if kind(name) in {"A", "B"} and f"index/{name.partition('/')[2]}" in message.tensors:
+def _masks(jobs: Sequence[Job], names: Iterable[str]) -> Tensors:
+    """What of these tensors the round trained: what rested follows from the upload's indices."""
+    masks = jobs[0].terms.masks if jobs else {}
+    return {name: masks[name].float() for name in names if name in masks}
+
+
+def _fits(name: str, message: Tensors, job: Job) -> bool:
+    sent, whole = message[name], job.tensors[name].shape
+    if kind(name) in {"A", "B"} and f"index/{name.partition('/')[2]}" in message:
         return True
     return len(sent.shape) == len(whole) and all(part <= all_ for part, all_ in zip(sent.shape, whole, strict=True))
 

@@ -45,10 +45,29 @@ SETTINGS = {
 METHODS = ("local", "fedit", "ffa", "fedsa", "loraxs", "celora", "folklora")
 """Everything from all factors to none; the last three differ in the frame in which a core travels."""
 LEAKING = ("fedit", "ffa", "fedsa", "celora", "folklora")
+OTHERS = (
+    "rolora",
+    "flora",
+    "fedex",
+    "federa",
+    "fedsb",
+    "ravan",
+    "fedawa",
+    "lorafair",
+    "hetlora",
+    "hafl",
+    "haflq",
+    "fedlpp",
+    "ditto",
+    "apfl",
+)
+"""What else sends trained tensors; LoRA-XS is among `METHODS`. At one rank zero and replication padding are FedIT."""
 PRIVATE = ("fedit", "ffa", "loraxs", "celora:similarity=model", "folklora:head=private:head_start=zero")
 """Methods under differential privacy: nothing may leave outside the mechanism, so no class statistics."""
 CORES = ("celora", "folklora")
 RANKS = (8, 16, 32, 64)
+HEADS = 4
+"""RAVAN's default: at half the rank each they are as many numbers as one core."""
 BATCHES = (1, 2, 4)
 STEPS = (1, 2, 4, 8)
 EPSILONS = (8, 3, 1)
@@ -164,6 +183,12 @@ def ranked(methods: Sequence[str], ranks: Sequence[int]) -> list[str]:
     return [f"{method}:adapter.rank={rank}:adapter.alpha={2 * rank}" for method in methods for rank in ranks]
 
 
+def _heads() -> list[str]:
+    """RAVAN with as many numbers a layer as the cores of `RANKS`, at their scale."""
+    every = ((rank * HEADS, rank) for rank in (size // round(HEADS**0.5) for size in RANKS))
+    return [f"ravan:heads={HEADS}:adapter.rank={rank}:adapter.alpha={2 * whole}" for whole, rank in every]
+
+
 def private(methods: Sequence[str], unit: str, epsilons: Sequence[float]) -> list[str]:
     return [f"{method}:privacy.unit={unit}:privacy.epsilon={epsilon}" for method in methods for epsilon in epsilons]
 
@@ -177,6 +202,13 @@ def cells() -> Iterator[Cell]:
             yield from attacked(
                 "span by rank", "banking77", "span", ranked(CORES, RANKS), seed, batch=batch, **VIEWS[0]
             )
+        if seed == SEEDS[0]:  # what follows here says that there are no surprises, and is measured once
+            for batch in BATCHES:
+                yield from attacked("cores side by side", "banking77", "span", _heads(), seed, batch=batch, **VIEWS[0])
+            for view in VIEWS:
+                yield from attacked("every method", "banking77", "span", ("loraxs", *OTHERS), seed, **view)
+            yield from (Defended("every method reaches", "banking77", method, seed) for method in OTHERS)
+            yield from attacked("canary", "banking77", "span", LEAKING, seed, canary=True, **VIEWS[1])
         mixtures = (*CORES, *(f"folklora:dp_epsilon={epsilon}.0" for epsilon in EPSILONS))
         yield from attacked("once", "banking77", "mixture", mixtures, seed, gallery=True)
         frames = [f"fedsb:gradient_examples={count}" for count in IN_A_GRADIENT]

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from privacy_tables import GRANTED, SENT, WORST, of, part, variants
 
+from folklora.methods import METHODS
 from folklora.report.style import canvas, clean, drawing, headline, percent_axis
 
 SHOWN = 4
@@ -55,27 +56,72 @@ def _rank(variant: str) -> int:
     return int(next(o for o in variant.split(":") if o.startswith("adapter.rank=")).partition("=")[2])
 
 
+SENDING = {"A travels": "A", "B travels, A does not": "B", "cores travel": "C"}
+"""In words, and the first of these that a method's messages hold."""
+
+
+def _sending(variant: str) -> str:
+    travels = METHODS[variant.partition(":")[0]].travels
+    return next((kinds for kinds in "AB" if kinds in travels), "C")
+
+
 def trade() -> Figure | None:
     """Tokens told from what was really sent, against test accuracy."""
-    rows, reached = of(part("span"), view=SENT[0], bases=SENT[1], batch=1), part("utility", "banking77")
+    rows = [*of(part("span"), view=SENT[0], bases=SENT[1], batch=1), *of(part("every method"), view=SENT[0])]
+    reached = [*part("utility", "banking77"), *part("every method reaches")]
     methods = [v for v in variants(rows) if of(reached, variant=v)]
     if not methods:
         return None
+    named = variants(part("span"))
     with drawing("light") as theme:
         figure = canvas(3.6, 6.0)
         ax = clean(figure.add_subplot(), theme)
-        for i, method in enumerate(methods):
-            x = statistics.fmean(row["row"]["accuracy_mean"] for row in of(reached, variant=method))
-            y = statistics.fmean(row["metrics"]["token_recall"]["mean"] for row in of(rows, variant=method))
-            ax.plot([x], [y], marker="o", markersize=8, color=theme.palette[i])
-            ax.annotate(method, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=9)
+        for i, (words, kinds) in enumerate(SENDING.items()):
+            drawn = [method for method in methods if _sending(method) == kinds]
+            x = [statistics.fmean(r["row"]["accuracy_mean"] for r in of(reached, variant=m)) for m in drawn]
+            told = [of(rows, variant=method) for method in drawn]
+            y = [statistics.fmean(row["metrics"]["token_recall"]["mean"] for row in own) for own in told]
+            ax.plot(x, y, marker="o", markersize=7, linestyle="none", color=theme.palette[i], label=words)
+            for method, *point in zip(drawn, x, y, strict=True):
+                if method in named:
+                    ax.annotate(method, point, xytext=(6, 5), textcoords="offset points", fontsize=8)
         ax.set_xlabel("test accuracy after the last round")
         ax.set_ylabel("tokens told, of what was sent")
         ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
         percent_axis(ax)
         ax.set_ylim(-0.03, 1.03)
         ax.margins(x=0.15)
+        ax.legend(frameon=False, fontsize=8, loc="center right")
         headline(figure, "Leakage against accuracy (Banking77, one text a batch)")
+        return figure
+
+
+def steps() -> Figure | None:
+    """Tokens told from what was really sent, against the number of local steps."""
+    rows = part("local steps")
+    if not rows:
+        return None
+    with drawing("light") as theme:
+        figure = canvas(3.4, 6.0)
+        ax = clean(figure.add_subplot(), theme)
+        at = sorted({row["steps"] for row in rows})
+        curves: dict[tuple[float, ...], list[str]] = {}
+        for method in variants(rows):
+            own = [of(rows, variant=method, steps=n) for n in at]
+            told = tuple(statistics.fmean(r["metrics"]["token_recall"]["mean"] for r in each) for each in own if each)
+            curves.setdefault(told, []).append(method)
+        for colour, (told, methods) in zip(theme.palette, curves.items(), strict=False):
+            # Methods that tell alike are one line.
+            ax.plot(at[: len(told)], told, marker="o", color=colour, label=", ".join(methods), linewidth=1.8)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(at)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
+        ax.set_xlabel("gradient steps of the client in the round")
+        ax.set_ylabel("tokens told, of what was sent")
+        percent_axis(ax)
+        ax.set_ylim(-0.03, 1.03)
+        ax.legend(frameon=False, fontsize=8, loc="center right")
+        headline(figure, "Leakage against local steps (Banking77, one text a batch)")
         return figure
 
 
@@ -111,6 +157,7 @@ def gallery() -> Figure | None:
 PICTURES: dict[str, Callable[[], Figure | None]] = {
     "privacy-ranks": ranks,
     "privacy-accuracy": trade,
+    "privacy-steps": steps,
     "privacy-gallery": gallery,
 }
 """File -> what draws it."""

@@ -31,13 +31,31 @@ def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
 
 
 def percent(rows: Sequence[Row], metric: str) -> str:
-    """Mean over seeds, with its control in brackets: ``81.2 (0.3)``; of one seed so marked by the table's note."""
+    """`measured`, as a percentage."""
+    return measured(rows, metric, 0, 100.0)
+
+
+def measured(rows: Sequence[Row], metric: str, digits: int, times: float = 1.0) -> str:
+    """Mean over seeds and, of several, standard deviation; in brackets the control: ``81 ± 4 (0)``."""
     found = [row["metrics"][metric] for row in rows if metric in row["metrics"]]
     if not found:
         return "-"
-    mean, controls = statistics.fmean(m["mean"] for m in found), [m["control"] for m in found]
-    told = [control for control in controls if control is not None]
-    return f"{100 * mean:.0f}" + (f" ({100 * statistics.fmean(told):.0f})" if told else "")
+    told = [times * m["control"] for m in found if m["control"] is not None]
+    control = f" ({statistics.fmean(told):.{digits}f})" if told else ""
+    return spread([times * m["mean"] for m in found], digits) + control
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and, of more than one, standard deviation; ``-`` of none."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def accuracy(rows: Iterable[Row]) -> str:
+    """Of runs, in percent."""
+    return spread([100 * row["row"]["accuracy_mean"] for row in rows])
 
 
 def seeds(rows: Sequence[Row]) -> str:
@@ -101,21 +119,54 @@ def reconstructed(name: str, shown: Sequence[tuple[str, str, int]]) -> Callable[
             for v in variants(rows):
                 found = of(rows, variant=v, view=view, bases=bases)
                 if found:
-                    cells = [_number(found, metric, digits) for metric, _, digits in shown]
+                    cells = [_shown(found, metric, digits) for metric, _, digits in shown]
                     lines.append([label(v), GRANTED[view, bases], *cells])
         return markdown(["method", "attacker holds", *(h for _, h, _ in shown)], lines, left=2) + seeds(rows)
 
     return table
 
 
-def _number(rows: Sequence[Row], metric: str, digits: int) -> str:
-    if digits == 0:
-        return percent(rows, metric)
-    found = [row["metrics"][metric] for row in rows if metric in row["metrics"]]
-    if not found:
-        return "-"
-    mean, control = (statistics.fmean(m[key] for m in found) for key in ("mean", "control"))
-    return f"{mean:.{digits}f} ({control:.{digits}f})"
+def _shown(rows: Sequence[Row], metric: str, digits: int) -> str:
+    return measured(rows, metric, digits) if digits else percent(rows, metric)
+
+
+def side_by_side() -> str:
+    """One core and RAVAN's several, of as many numbers a layer: the exact gradient, all that stays home granted."""
+    one, several = of(part("span by rank"), seed=0), part("cores side by side")
+    if not several:
+        return NOT_RUN
+    batches = sorted({row["batch"] for row in several})
+    shapes = [dict(option.split("=") for option in v.split(":")[1:]) for v in variants(several)]
+    lines = []
+    for v, shape in zip(variants(several), shapes, strict=True):
+        heads, rank = int(shape["heads"]), int(shape["adapter.rank"])
+        whole = round((heads * rank**2) ** 0.5)
+        alike = [row for row in one if row["variant"].startswith(f"folklora:adapter.rank={whole}:")]
+        told = [percent(of(rows, batch=b), "token_recall") for rows in (alike, of(several, variant=v)) for b in batches]
+        lines.append([str(heads * rank**2), f"{whole}", f"{heads} x {rank}", *told])
+    header = ["numbers a layer", "folklora, rank", "ravan, heads x rank"]
+    header += [f"{name}, batch {b}" for name in ("folklora", "ravan") for b in batches]
+    return markdown(header, lines) + seeds(several)
+
+
+def every_method() -> str:
+    """One text a batch: what each method's messages tell, beside what it reaches."""
+    rows = [*of(part("span"), batch=1, seed=0), *part("every method")]
+    reached = [*of(part("utility", "banking77"), seed=0), *part("every method reaches")]
+    if not part("every method"):
+        return NOT_RUN
+    lines = [
+        [
+            label(v),
+            *(percent(of(rows, variant=v, view=view, bases=bases), "token_recall") for view, bases in GRANTED),
+            percent(of(part("canary"), variant=v), "canary_recall"),
+            accuracy(of(reached, variant=v)),
+        ]
+        for v in variants(rows)
+    ]
+    granted = (f"tokens, {words}, %" for words in GRANTED.values())
+    header = ["method", *granted, "a hidden secret, what was sent, %", "accuracy, %"]
+    return markdown(header, lines) + seeds(part("every method"))
 
 
 INFERRED = (
@@ -176,7 +227,7 @@ def victims() -> str:
             found = of(rows, setting=setting, variant=v)
             text = "token_recall" in found[0]["metrics"]
             kinds = ((True, "token_recall", 0), (True, "rouge_l", 0), (False, "psnr", 1), (False, "ssim", 2))
-            cells = [_number(found, metric, digits) if text == told else "-" for told, metric, digits in kinds]
+            cells = [_shown(found, metric, digits) if text == told else "-" for told, metric, digits in kinds]
             lines.append([setting, found[0]["attack"], label(v), *cells])
     header = ["victims", "attack", "method", "tokens, %", "ROUGE-L, %", "PSNR, dB", "SSIM"]
     return markdown(header, lines, left=3) + seeds(rows)
@@ -201,9 +252,7 @@ def _epsilons(rows: Sequence[Row], attacked: Sequence[Row]) -> str:
         line = [label(method)]
         for each in asked:
             found = [r for r in rows if _plain(r["variant"]) == method and _epsilon(r["variant"]) == each]
-            values = [100 * r["row"]["accuracy_mean"] for r in found]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            line.append(f"{statistics.fmean(values):.1f}{spread}" if values else "-")
+            line.append(accuracy(found))
         for each in asked[1:]:
             found = [r for r in attacked if _plain(r["variant"]) == method and _epsilon(r["variant"]) == each]
             if attacked:
@@ -232,20 +281,15 @@ def utility() -> str:
     if not rows:
         return NOT_RUN
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    lines = []
-    for v in variants(rows):
-        cells = []
-        for setting in settings:
-            values = [100 * r["row"]["accuracy_mean"] for r in of(rows, variant=v, setting=setting)]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.1f}{spread}" if values else "-")
-        lines.append([label(v), *cells])
+    lines = [[label(v), *(accuracy(of(rows, variant=v, setting=s)) for s in settings)] for v in variants(rows)]
     return markdown(["method", *(f"{s}, accuracy %" for s in settings)], lines)
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "privacy-span": ("privacy", by_batch("span", "token_recall")),
     "privacy-ranks": ("privacy", by_batch("span by rank", "token_recall")),
+    "privacy-heads": ("privacy", side_by_side),
+    "privacy-methods": ("privacy", every_method),
     "privacy-steps": ("privacy", by_steps),
     "privacy-texts": (
         "privacy",

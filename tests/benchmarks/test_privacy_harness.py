@@ -144,10 +144,23 @@ def test_tables_and_pictures_are_what_was_measured(bench: SimpleNamespace) -> No
     epsilon = privacy_tables.TABLES["privacy-epsilon"][1]().splitlines()
     assert epsilon[0].startswith("| method | no noise | epsilon 8 | epsilon 3 | epsilon 1 | tokens told at epsilon 8")
     assert epsilon[2].startswith("| fedit | 80.0 | 50.0 | 50.0 | 50.0 | 100 (0)")
+    heads = privacy_tables.TABLES["privacy-heads"][1]().splitlines()
+    assert "| 64 | 8 | 4 x 4 | 100 (0) | 50 (0) | 25 (0) | 100 (0) | 50 (0) | 25 (0) |" in heads
+    every = privacy_tables.TABLES["privacy-methods"][1]().splitlines()
+    assert "| fedit | 100 (0) | 100 (0) | - | 80.0 |" in every
+    assert "| ravan | 100 (0) | 100 (0) | - | 80.0 |" in every
     for name, (_, table) in privacy_tables.TABLES.items():
         assert "|" in table(), name
     for name, draw in privacy_figures.PICTURES.items():
         assert draw() is not None, name
+
+
+def test_several_seeds_show_their_spread() -> None:
+    rows = [{"metrics": {"found": {"mean": mean, "control": control}}} for mean, control in ((0.5, 0.0), (1.0, 0.1))]
+    assert privacy_tables.percent(rows, "found") == "75 ± 35 (5)"
+    assert privacy_tables.measured(rows, "found", 2) == "0.75 ± 0.35 (0.05)"
+    assert privacy_tables.percent(rows[:1], "found") == "50 (0)"
+    assert privacy_tables.percent(rows, "other") == "-"
 
 
 def test_nothing_measured_is_said(bench: SimpleNamespace) -> None:

@@ -13,7 +13,6 @@ scores, from ``results/adapter_sizes.json``. Any number of processes can share `
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, environment, finish
-from resumable import Row, Store, perform, work
+from _common import environment, finish
+from resumable import Row, Store, arguments, perform, work
 
 from folklora.data.sources import load
 from folklora.federation.run import read_summary
@@ -128,13 +127,8 @@ def _key(row: Mapping[str, Any]) -> tuple[int, float, int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/adapter_sizes"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = arguments(__doc__, "adapter_sizes")
     parser.add_argument("--seed", default="", help="only these seeds, with commas")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
-    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     runs = given.runs.resolve()

@@ -19,7 +19,6 @@ rates are chosen on validation data, with a seed and examples of their own. Any 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -31,8 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS, environment, finish, spread
-from resumable import Row, Store, keep, kept, perform, work
+from _common import environment, finish, spread
+from resumable import Row, Store, arguments, keep, kept, perform, work
 
 from folklora.backbones.loading import find, pretrained, tokenizer_of
 from folklora.data.sources import load
@@ -312,15 +311,10 @@ def times(runs: Path) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/depth"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = arguments(__doc__, "depth")
     parser.add_argument("--only", default="", help="cells whose label holds one of these, with commas")
     parser.add_argument("--seed", default="", help="only these seeds, with commas")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
     parser.add_argument("--time", action="store_true", help="measure time on one thread; run nothing else")
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
-    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
     given = parser.parse_args()
     torch.set_num_threads(1 if given.time else given.threads)
     runs = given.runs.resolve()

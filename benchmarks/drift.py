@@ -13,9 +13,7 @@ is known in round 7. Any number of processes can share ``--runs``: kill them at 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +22,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from _common import RESULTS, environment, finish
-from resumable import Row, Store, perform, work
+from _common import environment, finish
+from resumable import Row, Store, arguments, perform, work
 
 from folklora.federation.run import run_name, variant
 from folklora.recipe import Recipe
@@ -169,17 +167,12 @@ def told(path: Path, cell: Cell) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/drift"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = arguments(__doc__, "drift")
     parser.add_argument("--only", default="", help="settings whose name holds one of these, with | between them")
     parser.add_argument("--methods", default=",".join(VARIANTS), help="some of them, with commas")
     parser.add_argument("--seed", type=int, help="this one alone")
     parser.add_argument("--limit", type=int, help="examples, for a trial")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="for a trial")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
-    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     names = [name for name in given.methods.split(",") if name]

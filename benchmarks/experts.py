@@ -13,9 +13,7 @@ is reused and what was begun goes on. Who holds which experts in the end is read
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from _common import RESULTS, environment, finish
-from resumable import Row, Store, perform, work
+from resumable import Row, Store, arguments, perform, work
 from settings import Setting, settings
 
 from folklora.federation.run import run_name, variant
@@ -166,15 +164,10 @@ def _overlap(held: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/experts"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = arguments(__doc__, "experts")
     parser.add_argument("--only", default="", help="settings whose name holds one of these, with commas")
     parser.add_argument("--seed", default="", help="only these seeds, with commas; rates are chosen by seed 0")
     parser.add_argument("--method", default="", help="only these variants, with commas; default: all")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
-    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
     parser.add_argument("--limit", type=int, help="examples of each setting, for trying the harness out")
     parser.add_argument("--rounds", type=int, help="likewise")
     given = parser.parse_args()

@@ -15,9 +15,7 @@ Test data is read once, at the end of each run, and once by what is trained furt
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +25,7 @@ from typing import Any
 import torch
 from _common import RESULTS, environment, finish
 from accuracy import rate_of
-from resumable import Row, Store, perform, work
+from resumable import Row, Store, arguments, perform, work
 from settings import Setting, settings
 
 from folklora.federation.local import LocalEngine
@@ -193,15 +191,10 @@ def run_one(cell: Cell, path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "newcomers")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="holds snips/")
-    parser.add_argument("--runs", type=Path, default=Path("runs/newcomers"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="settings whose name holds one of these, with commas")
     parser.add_argument("--seed", default="", help="only these seeds, with commas")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
-    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
     parser.add_argument("--limit", type=int, help="examples of each setting, for trying the harness out")
     parser.add_argument("--rounds", type=int, help="likewise")
     given = parser.parse_args()

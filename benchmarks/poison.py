@@ -14,9 +14,7 @@ share ``--runs``.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +23,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from _common import RESULTS, environment, finish
-from resumable import Store, perform, work
+from _common import environment, finish
+from resumable import Store, arguments, perform, work
 
 from folklora.federation.run import run_name, variant
 from folklora.recipe import Recipe
@@ -128,17 +126,12 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/poison"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = arguments(__doc__, "poison")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="as `folklora compare --methods`")
     parser.add_argument("--attacks", default=",".join(ATTACKS))
     parser.add_argument("--shares", default=",".join(f"{share:g}" for share in SHARES), help="of the clients, that lie")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--set", action="append", default=[], help="key=value over the recipe, for trials")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
-    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     attacks = given.attacks.split(",")

@@ -13,7 +13,6 @@ are the same for every method.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Iterator
@@ -22,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, environment, finish
+from _common import environment, finish
 from privacy_cells import Attacked, Cell, Defended, cells
-from resumable import Store, perform, work
+from resumable import Store, arguments, perform, work
 
 from folklora.privacy.attacks.run import attack
 
@@ -117,14 +116,9 @@ def _chosen(found: Iterator[Cell], only: list[str], seeds: list[int]) -> list[Ce
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/privacy"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = arguments(__doc__, "privacy")
     parser.add_argument("--only", default="", help="cells whose label holds one of these, with commas")
     parser.add_argument("--seed", default="", help="only these seeds, with commas")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
-    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     bench = Store(given.runs.resolve(), given.results)

@@ -19,9 +19,7 @@ faults among the training examples alone; accuracy is that of all clients on the
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS, environment, finish
-from resumable import Row, Store, keep, kept, perform, work
+from _common import environment, finish
+from resumable import Row, Store, arguments, keep, kept, perform, work
 
 from folklora.data.audit.duplicates import exact_duplicates
 from folklora.data.audit.entropy import compression_ratio, regularity, sample_entropy
@@ -294,17 +292,12 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "quality")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="holds snips/")
-    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="cells whose label holds one of these, with commas")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of runs")
     parser.add_argument("--audit-seeds", type=int, default=AUDIT_SEEDS)
     parser.add_argument("--set", action="append", default=[], help="key=value over the recipe, for trials")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
-    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     only = [text for text in given.only.split(",") if text]

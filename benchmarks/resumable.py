@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+from _common import RESULTS
 
 from folklora.errors import FolkLoraError, RunError
 from folklora.federation.run import resume, run
@@ -83,6 +86,17 @@ def keep(path: Path, row: Row) -> None:
     temporary = path / "row.json.part"
     temporary.write_text(json.dumps(row, allow_nan=False), encoding="utf-8")
     temporary.replace(path / "row.json")
+
+
+def arguments(doc: str | None, name: str, threads: int = 2) -> argparse.ArgumentParser:
+    """What every benchmark of this kind can be told; ``name``: of the folder of its runs."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs") / name)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", threads)))
+    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
+    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
+    return parser
 
 
 @dataclass

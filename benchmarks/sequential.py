@@ -15,8 +15,6 @@ processes can share ``--runs``: kill them at any time, what is finished is reuse
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, environment, finish
-from resumable import Row, Store, keep, kept, work
+from _common import environment, finish
+from resumable import Row, Store, arguments, keep, kept, work
 from sasrec import Training, scores, train
 from sequences import PADDING, Sequences, badges, markov
 
@@ -146,15 +144,10 @@ def _key(row: Mapping[str, Any]) -> tuple[str, int, float, int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "sequential", threads=1)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="holds so_badges/")
-    parser.add_argument("--runs", type=Path, default=Path("runs/sequential"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="settings whose name holds one of these, with commas")
     parser.add_argument("--seed", default="", help="only these seeds, with commas")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)))
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
-    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     runs, data = given.runs.resolve(), given.data.resolve()

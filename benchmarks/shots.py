@@ -14,7 +14,6 @@ share ``--runs``: kill them at any time, what is finished is reused.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS, environment, finish
-from resumable import Row, Store, keep, kept, work
+from _common import environment, finish
+from resumable import Row, Store, arguments, keep, kept, work
 from torch import Tensor
 
 from folklora.data.augmentation.choose import KINDS, Augmenter
@@ -209,15 +208,10 @@ def _key(row: Mapping[str, Any]) -> tuple[str, int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "shots")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="holds snips/")
-    parser.add_argument("--runs", type=Path, default=Path("runs/shots"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", default="", help="cells whose label holds one of these, with commas")
     parser.add_argument("--seed", default="", help="only these seeds, with commas")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
-    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     runs = given.runs.resolve()

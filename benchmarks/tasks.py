@@ -13,10 +13,8 @@ is reused and what was begun goes on. Runs of another checkpoint or other data l
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, environment, finish
-from resumable import Row, Store, perform, work
+from _common import environment, finish
+from resumable import Row, Store, arguments, perform, work
 
 from folklora.backbones.metric import metric_of
 from folklora.federation.run import run_name, variant
@@ -208,14 +206,9 @@ def run_one(cell: Cell, path: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/tasks"))
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser = arguments(__doc__, "tasks")
     parser.add_argument("--only", default="", help="tasks whose name holds one of these, with commas")
     parser.add_argument("--methods", default=",".join(METHODS), help="as `folklora compare --methods`")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 2)))
-    parser.add_argument("--list", action="store_true", help="say what is done and what is left; run nothing")
-    parser.add_argument("--collect", action="store_true", help="rewrite the results from the runs; run nothing")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     only = [text for text in given.only.split(",") if text]

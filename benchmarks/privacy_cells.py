@@ -225,7 +225,7 @@ def cells() -> Iterator[Cell]:
                 "pictures", "fashion", "inverting", LEAKING[:-1], seed, budget=400, victims=2, gallery=True, **view
             )
         for steps in STEPS:
-            yield from attacked("local steps", "banking77", "span", LEAKING, seed, steps=steps)
+            yield from attacked("local steps", "banking77", "span", (*LEAKING, "flora"), seed, steps=steps)
         yield from attacked("labels", "banking77", "labels", LEAKING, seed, budget=2 * SHADOWS)
         yield from attacked("attacked under epsilon", "banking77", "span", private(PRIVATE, "example", EPSILONS), seed)
         attack_of = dict.fromkeys(("goemotions", "dolly"), "span") | dict.fromkeys(("twemoji", "coco"), "inverting")

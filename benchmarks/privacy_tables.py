@@ -285,6 +285,38 @@ def utility() -> str:
     return markdown(["method", *(f"{s}, accuracy %" for s in settings)], lines)
 
 
+QUOTED = (
+    ("span", "span", ("fedit", "celora", "folklora")),
+    ("texts", "lamp", ("fedit", "celora", "folklora")),
+    ("once", "mixture", ("folklora", "folklora:dp_epsilon=8.0")),
+)
+"""Part, attack and the variants whose sentences are shown."""
+LONGEST = {"original": 100, "recovered": 100, "control": 40}
+"""Characters of a sentence that are shown."""
+
+
+def sentences() -> str:
+    """Of the first victim: its sentence, what the attack makes of the message, and what it makes of a shuffled one."""
+    lines = []
+    for name, attack, shown in QUOTED:
+        for v in shown:
+            for row in of(part(name), variant=v, seed=0, attack=attack):
+                if row["batch"] == 1 and row["victims"]:
+                    first = row["victims"][0]
+                    told = [_quoted(first[key], longest) for key, longest in LONGEST.items()]
+                    lines.append([attack, label(v), GRANTED[row["view"], row["bases"]], *told])
+    if not lines:
+        return NOT_RUN
+    return markdown(["attack", "method", "attacker holds", *LONGEST], lines, left=6)
+
+
+def _quoted(texts: Sequence[str], longest: int) -> str:
+    """The first of a victim's texts, fit for a cell."""
+    text = " ".join(texts[0].split()) if texts else ""
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") or "*nothing*"
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "privacy-span": ("privacy", by_batch("span", "token_recall")),
     "privacy-ranks": ("privacy", by_batch("span by rank", "token_recall")),
@@ -297,6 +329,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
             "texts", (("token_recall", "tokens, %", 0), ("rouge_l", "ROUGE-L, %", 0), ("exact_match", "exact, %", 0))
         ),
     ),
+    "privacy-sentences": ("privacy", sentences),
     "privacy-pictures": (
         "privacy",
         reconstructed(

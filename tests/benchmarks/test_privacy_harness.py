@@ -155,6 +155,12 @@ def test_tables_and_pictures_are_what_was_measured(bench: SimpleNamespace) -> No
         assert draw() is not None, name
 
 
+def test_sentences_are_quoted_so_that_a_table_holds_them() -> None:
+    assert privacy_tables._quoted(["a | b\n<c>"], 40) == "a \\| b &lt;c>"
+    assert privacy_tables._quoted(["x" * 50], 40) == "x" * 39 + "…"
+    assert privacy_tables._quoted([""], 40) == privacy_tables._quoted([], 40) == "*nothing*"
+
+
 def test_several_seeds_show_their_spread() -> None:
     rows = [{"metrics": {"found": {"mean": mean, "control": control}}} for mean, control in ((0.5, 0.0), (1.0, 0.1))]
     assert privacy_tables.percent(rows, "found") == "75 ± 35 (5)"

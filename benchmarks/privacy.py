@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Privacy:
 
     bench: Store  # its files, and the lock on them
     cells: list[Cell]
+    again: Sequence[str] = ()  # cells whose label holds one of these are measured anew, whatever is held of them
     read: dict[Path, dict[str, Any]] = field(default_factory=dict)
     held: dict[str, dict[str, Any]] = field(init=False)
 
@@ -44,37 +45,50 @@ class Privacy:
         return self.bench.runs / cell.place
 
     def __post_init__(self) -> None:
-        self.held = self._held()
+        self._load()
 
-    def _held(self) -> dict[str, dict[str, Any]]:
+    def _load(self) -> dict[str, Any]:
         """What was collected before, by cell: runs are not kept for ever."""
-        return {row["cell"]: row for row in self.bench.load("privacy").get("rows", [])}
+        before = self.bench.load("privacy")
+        rows = [*before.get("retired", []), *before.get("rows", [])]
+        self.held = {row["cell"]: row for row in rows if "cell" in row}
+        return before
 
     def row(self, cell: Cell) -> dict[str, Any] | None:
-        """What the page shows of a cell: from its files, or as it was collected; None until it is finished."""
+        """What the page shows of a cell: from its files, or as it was collected of the same recipe; None until it is
+        finished."""
         path = self.path(cell)
         if path not in self.read:
             file = path / ("result.json" if isinstance(cell, Attacked) else "summary.json")
             if not file.exists():
-                return self.held.get(cell.place)
+                held = self.held.get(cell.place)
+                fits = held is not None and held.get("recipe") == cell.made_of
+                return held if fits and not any(text in cell.label for text in self.again) else None
             document = json.loads(file.read_text(encoding="utf-8"))
             found = document if isinstance(cell, Attacked) else _row(document, path)
-            self.read[path] = {**cell.told(), **_short(cell, found), "cell": cell.place}
+            self.read[path] = {**cell.told(), **_short(cell, found), "cell": cell.place, "recipe": cell.made_of}
         return self.read[path]
 
     def left(self) -> list[Cell]:
         return [cell for cell in self.cells if self.row(cell) is None]
 
     def collect(self) -> None:
-        """Rewrite ``privacy.json`` from the runs on disk and what it held before."""
+        """Rewrite ``privacy.json`` from the runs on disk and what it held before.
+
+        Rows of what is not planned any more stay as ``retired``, in no table; ``environment`` is that of the latest
+        row that was measured.
+        """
         with self.bench.locked():
-            self.held = self._held()
+            before = self._load()
             rows = [row for cell in self.cells if (row := self.row(cell)) is not None]
-            where = environment(torch.device("cpu"), torch.float32)
+            kept = {row["cell"] for row in rows}
+            retired = [row for place, row in self.held.items() if place not in kept]
+            where = environment(torch.device("cpu"), torch.float32) if self.read else before.get("environment")
             planned = {
                 part: sum(c.part == part for c in self.cells) for part in dict.fromkeys(c.part for c in self.cells)
             }
-            self.bench.write("privacy", {"environment": where, "planned": planned, "rows": rows})
+            document = {"environment": where, "planned": planned, "retired": retired, "rows": rows}
+            self.bench.write("privacy", document)
 
 
 def _row(summary: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -117,16 +131,17 @@ def _chosen(found: Iterator[Cell], only: list[str], seeds: list[int]) -> list[Ce
 
 def main() -> None:
     parser = arguments(__doc__, "privacy")
+    parser.add_argument("--again", default="", help="measure anew what is held of these, as --only names them")
     parser.add_argument("--only", default="", help="cells whose label holds one of these, with commas")
     parser.add_argument("--seed", default="", help="only these seeds, with commas")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     bench = Store(given.runs.resolve(), given.results)
     every = list(cells())
-    only, seeds = ([t for t in text.split(",") if t] for text in (given.only, given.seed))
+    only, seeds, again = ([t for t in text.split(",") if t] for text in (given.only, given.seed, given.again))
     failed: dict[str, str] = {}
     if not (given.list or given.collect):
-        chosen = Privacy(bench, _chosen(iter(every), only, [int(seed) for seed in seeds]))
+        chosen = Privacy(bench, _chosen(iter(every), only, [int(seed) for seed in seeds]), again)
         failed = work(chosen.left, chosen.path, run_one, Privacy(bench, every).collect, bench.runs)
     privacy = Privacy(bench, every)
     if not given.list:

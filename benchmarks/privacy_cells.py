@@ -60,6 +60,7 @@ OTHERS = (
     "fedlpp",
     "ditto",
     "apfl",
+    "fedamole",
 )
 """What else sends trained tensors; LoRA-XS is among `METHODS`. At one rank zero and replication padding are FedIT."""
 PRIVATE = ("fedit", "ffa", "loraxs", "celora:similarity=model", "folklora:head=private:head_start=zero")
@@ -88,6 +89,10 @@ class Cell(ABC):
     seed: int
 
     @property
+    @abstractmethod
+    def recipe(self) -> Recipe: ...
+
+    @property
     def base(self) -> Recipe:
         file, changes = SETTINGS[self.setting]
         return Recipe.read(RECIPES / file, changes)
@@ -105,6 +110,16 @@ class Cell(ABC):
     def place(self) -> str:
         """The folder of its result, under that of the runs: tells the setting, the plan and the seed apart."""
         return f"{self.part.replace(' ', '-')}/{self.name}"
+
+    @cached_property
+    def made_of(self) -> str:
+        """In short the recipe it rests on, without what is as by default: a key that is new since says nothing of it.
+        Code is not in it: after mending an attack measure its cells `--again`."""
+        document = self.recipe.model_dump(mode="json", exclude_defaults=True)
+        for section, key in (("data", "source"), ("data", "test"), ("model", "name")):  # wherever they lie
+            if isinstance(told := document.get(section, {}).get(key), str):
+                document[section][key] = Path(told).name
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
 
     def told(self) -> dict[str, Any]:
         return {"part": self.part, "setting": self.setting, "variant": self.method, "seed": self.seed}

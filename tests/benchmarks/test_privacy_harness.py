@@ -123,14 +123,60 @@ def test_rows_whose_runs_are_gone_stay_and_are_not_measured_again(bench: SimpleN
     assert len(after["rows"]) == 2 * len(before["rows"])
 
 
-def test_a_row_of_another_plan_does_not_stay(
+def test_rows_of_another_plan_retire_and_come_back(
+    bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = bench.run("--only", "utility; banking77", "--seed", "0")["rows"]
+    shutil.rmtree(tmp_path / "runs")
+    shorter = {**privacy_cells.SETTINGS, "banking77": ("banking77.toml", ("data.limit=500",))}
+    with monkeypatch.context() as other:
+        other.setattr(privacy_cells, "SETTINGS", shorter)
+        document = bench.run("--collect")
+        assert document["rows"] == []
+        assert document["retired"] == rows
+    document = bench.run("--collect")
+    assert document["rows"] == rows
+    assert document["retired"] == []
+
+
+def test_rows_of_another_recipe_are_measured_again(
     bench: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.run("--only", "utility; banking77", "--seed", "0")
     shutil.rmtree(tmp_path / "runs")
-    shorter = {**privacy_cells.SETTINGS, "banking77": ("banking77.toml", ("data.limit=500",))}
-    monkeypatch.setattr(privacy_cells, "SETTINGS", shorter)
-    assert bench.run("--collect")["rows"] == []
+    recipes = tmp_path / "recipes"
+    shutil.copytree(privacy_cells.RECIPES, recipes)
+    text = (recipes / "banking77.toml").read_text()
+    (recipes / "banking77.toml").write_text(text.replace("rank = 8", "rank = 4"))
+    monkeypatch.setattr(privacy_cells, "RECIPES", recipes)
+    bench.ran.clear()
+    bench.run("--only", "utility; banking77", "--seed", "0")
+    assert len(bench.ran) == len(privacy_cells.METHODS)
+
+
+def test_what_is_asked_for_again_is_measured_again(bench: SimpleNamespace, tmp_path: Path) -> None:
+    bench.run("--only", "span by rank,once", "--seed", "0")
+    shutil.rmtree(tmp_path / "runs")
+    bench.attacked.clear()
+    bench.run("--only", "span by rank,once", "--seed", "0", "--again", "mixture on")
+    assert {name for name, *_ in bench.attacked} == {"mixture"}
+
+
+def test_results_of_other_times_are_no_obstacle(bench: SimpleNamespace) -> None:
+    bench.results.mkdir()
+    (bench.results / "privacy.json").write_text(json.dumps({"rows": [{"part": "span", "seed": 0}]}))
+    bench.run("--only", "once", "--seed", "0")
+    assert bench.status == 0
+
+
+def test_a_curve_with_a_gap_keeps_its_places(bench: SimpleNamespace) -> None:
+    document = bench.run("--only", "local steps", "--seed", "0")
+    rows = [row for row in document["rows"] if (row["variant"], row["steps"]) != ("fedit", 1)]
+    (bench.results / "privacy.json").write_text(json.dumps({**document, "rows": rows}))
+    figure = privacy_figures.steps()
+    assert figure is not None
+    lines = {line.get_label(): line.get_xdata() for line in figure.axes[0].get_lines()}
+    assert list(lines["fedit"]) == [2, 4, 8]
 
 
 def test_tables_and_pictures_are_what_was_measured(bench: SimpleNamespace) -> None:

@@ -25,6 +25,7 @@ from folklora.federation.traffic import per_round
 from folklora.methods import build, check_options
 from folklora.methods.aggregation import aggregation_error
 from folklora.methods.contract import Client, Context, Message
+from folklora.methods.ravan import gains_of
 from folklora.methods.work import Trained
 
 Federations = Callable[..., Any]
@@ -499,3 +500,43 @@ def test_a_compressed_run_of_weak_clients(tiny_recipe: Callable[..., Any], tmp_p
     run(recipe, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert not any(line["failed"] for line in lines)
+
+
+# -- what an upload says -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0.0, 0.03, 1.0])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_gains_are_found_behind_products(optimizer: str, size: float) -> None:
+    """One step of torch's own optimiser on a loss of the products alone: what was multiplied is taken apart again."""
+    generator, lr = torch.Generator().manual_seed(0), 0.05
+    before = size * torch.randn(6, 4, 4, generator=generator)
+    slope = torch.randn(6, 4, 4, generator=generator)
+    cores, gains = before.clone().requires_grad_(), torch.ones(6, requires_grad=True)
+    kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+    step = kind([cores, gains], lr=lr, weight_decay=0.0)
+    (gains[:, None, None] * cores * slope).sum().backward()
+    step.step()
+    sent = (gains[:, None, None] * cores).detach()
+    found = gains_of(sent, before, optimizer, lr)
+    if optimizer == "sgd" or size == 1.0:
+        torch.testing.assert_close(found, gains.detach(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(sent / found[:, None, None], cores.detach(), rtol=1e-4, atol=1e-5)
+    else:  # small cores may hide a gain, and then hardly matter beside their moves
+        read, moved = before - sent / found[:, None, None], before - cores.detach()
+        assert float((read - moved).norm() / moved.norm()) < 0.03
+
+
+def test_an_upload_is_read_as_the_cores_it_is_of(federation: Federations) -> None:
+    fed = federation("ravan", {"heads": 3, "budget": 2, "gains": "fixed", "score": "random"}, ranks=(2, 2, 2))
+    method, client = fed.method, next(iter(fed.clients.values()))
+    before = dict(client.tensors)
+    (work,) = method.work(1, client)
+    moved = {
+        name: tensor + work.terms.masks[name] if name.startswith("C/") else tensor for name, tensor in before.items()
+    }
+    method.learned(1, client, {"": Trained(moved, 0.0, 1, 1.0)})
+    read = method.as_trained(dict(method.send(1, client).tensors), before)
+    for site in method.context.sites:
+        torch.testing.assert_close(read[f"C/{site.name}"], moved[f"C/{site.name}"])
+    assert not any(name.startswith(("H/", "index/")) for name in read)

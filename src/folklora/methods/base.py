@@ -263,9 +263,19 @@ class Method:
             return None
         return Message(select(client.tensors, self.shared(round)), {"examples": client.examples})
 
-    def as_trained(self, tensors: Tensors) -> Tensors:
+    def as_trained(
+        self, tensors: Tensors, before: Tensors, optimizer: str = "adamw", travelled: float = 0.0
+    ) -> Tensors:
         """The tensors of an upload by the names under which clients train them: what its reader can compare with a
-        gradient. Differs from the upload where a method sends them in another form."""
+        gradient. Differs from the upload where a method sends them in another form.
+
+        Parameters
+        ----------
+        before
+            The client's tensors when its training began, as the reader knows them.
+        optimizer, travelled
+            Of that training, and the sum of its learning rates; 0: not known.
+        """
         return tensors
 
     def known(self, round: int, client: str, told: Tensors, message: Message) -> Tensors:

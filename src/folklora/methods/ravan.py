@@ -211,14 +211,20 @@ class Ravan(Method):
                 tensors[f"index/{site.name}"] = index.clone()  # a note is the client's own memory
         return Message(tensors, {"examples": client.examples})
 
-    def as_trained(self, tensors: Tensors) -> Tensors:
-        """Cores on the diagonal, zeros for heads that rested; gains are 1 when a round begins, and g_i H_i counts as
-        H_i: what the gain itself has moved is beside that small [recon]."""
+    def as_trained(
+        self, tensors: Tensors, before: Tensors, optimizer: str = "adamw", travelled: float = 0.0
+    ) -> Tensors:
+        """Cores on the diagonal, those that rested as they were. Of g_i H_i the gain is divided away as far as a reader
+        can find it out, see `gains_of` [recon]."""
         found = {name: tensor for name, tensor in tensors.items() if kind(name) not in {"H", "index"}}
         for site in self.context.sites:
             if (sent := tensors.get(f"H/{site.name}")) is not None:
-                cores = sent.new_zeros(self.heads, self.head_rank, self.head_rank)
-                cores[tensors.get(f"index/{site.name}", torch.arange(self.heads)).long()] = sent
+                cores = self._cores(before, site).float()
+                index = tensors.get(f"index/{site.name}", torch.arange(self.heads)).long()
+                gains = torch.ones(len(index))
+                if self.options.gains == "trained":
+                    gains = gains_of(sent.float(), cores[index], optimizer, travelled)
+                cores[index] = sent.float() / gains[:, None, None]
                 found[f"C/{site.name}"] = torch.block_diag(*cores)
         return found
 
@@ -283,3 +289,30 @@ class Ravan(Method):
     def global_model(self, state: State, client: str, tensors: Tensors) -> Tensors | None:
         model = super().global_model(state, client, tensors)
         return None if model is None else self._stacked(model)
+
+
+def gains_of(sent: Tensor, before: Tensor, optimizer: str, travelled: float) -> Tensor:
+    """The gains behind products g_i H_i, where they began as 1 and cores as ``before``; [recon].
+
+    With ``D`` the move of a core, ``sent = (1 - t) (before - D)``. A step of plain gradient descent moves the gain by
+    ``t = <D, before>``, since the gradient of H_i is g_i times that of the product and that of g_i its product with
+    H_i: a quadratic equation, exact for one step. AdamW moves the gain by about ``travelled`` up, down or not at all,
+    and no number of a core by more: what breaks that least is taken.
+
+    Parameters
+    ----------
+    sent, before
+        ``[heads, r, r]``.
+
+    Returns
+    -------
+    ``[heads]``, all 1 where nothing can be known.
+    """
+    if optimizer == "sgd":
+        size, shared = before.square().sum((1, 2)), (sent * before).sum((1, 2))
+        moved = (1 + size - ((1 + size).square() - 4 * (size - shared)).clamp(min=0).sqrt()) / 2
+        return (1 - moved).clamp(min=0.1)
+    most = min(travelled, 0.9)
+    candidates = torch.tensor([1.0, 1 - most, 1 + most])
+    excess = ((before - sent / candidates[:, None, None, None]).abs() - most).clamp(min=0).square().sum((2, 3))
+    return candidates[excess.argmin(0)]

@@ -279,6 +279,7 @@ def test_several_cores_give_it_away_where_the_rank_of_one_is_above_its_length(
     )
     assert few["token_recall"] < 0.4
     assert many["token_recall"] > 0.8
+    assert many["found_recall"] > 0.6
     assert many["metrics"]["token_recall"]["control"] < 0.4
 
 

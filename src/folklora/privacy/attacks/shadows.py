@@ -137,7 +137,8 @@ class _Shadow:
 
     def cast(self, state: State) -> Cast:
         upload = Upload(self.name, self.upload, round=self.number)
-        sent, size = _read(self.intake, self.setup, self.number, state, upload)
+        raw, size = _read(self.intake, self.setup, self.number, state, upload)
+        sent = self.setup.method.as_trained(raw, self.before, self.setup.recipe.train.optimizer)
         return Cast(self.rows, sent, self.before, self.setup.method.model(self.member.client), size)
 
 

@@ -165,16 +165,15 @@ def _gradient(
     """Of each trained tensor that travelled: exact, or read off how far it moved; and what was left out."""
     if not jobs:
         return {}, tuple(message.tensors)
-    job, sent = jobs[0], setup.method.as_trained(message.tensors)
+    job, way = jobs[0], travelled(setup, jobs[0])
+    sent = setup.method.as_trained(message.tensors, before, setup.recipe.train.optimizer, way)
     names = [name for name in sent if name in job.trained and _fits(name, sent, job)]
     unmatched = tuple(name for name in sent if name not in names and kind(name) != "index")
-    masks = _masks(jobs, names)
     if knowledge.view == "gradient":
         exact = replica.exact(job.tensors, names, victim.examples, torch.from_numpy(np.asarray(victim.labels)))
-        return {name: cut(name, slope.cpu(), sent) for name, slope in moving(exact, masks).items()}, unmatched
-    way = travelled(setup, job)
-    start = moving({name: before[name] for name in names}, masks)
-    return {name: (cut(name, start[name], sent) - sent[name].float()) / way for name in names}, unmatched
+        exact = moving(exact, _masks(jobs, names))
+        return {name: cut(name, slope.cpu(), sent) for name, slope in exact.items()}, unmatched
+    return {name: (cut(name, before[name], sent) - sent[name].float()) / way for name in names}, unmatched
 
 
 def _masks(jobs: Sequence[Job], names: Iterable[str]) -> Tensors:

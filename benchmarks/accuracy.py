@@ -235,6 +235,15 @@ class Bench(Store):
     examples: int = TUNING_EXAMPLES
     equal: dict[str, dict[str, str]] = field(default_factory=dict)
     read: dict[Path, Row] = field(default_factory=dict)
+    before: dict[str, Any] = field(init=False)  # ``accuracy.json`` as it was last read
+    held: dict[tuple[str, str, int], Row] = field(init=False)  # its rows: runs are not kept for ever
+
+    def __post_init__(self) -> None:
+        self._hold()
+
+    def _hold(self) -> None:
+        self.before = self.load("accuracy")
+        self.held = {(row["setting"], row["variant"], row["seed"]): row for row in self.before.get("rows", [])}
 
     # -- learning rates ------------------------------------------------------------------------------------------
 
@@ -265,11 +274,11 @@ class Bench(Store):
     # -- rows ----------------------------------------------------------------------------------------------------
 
     def finished(self, cell: Cell, entry: str) -> Row | None:
-        """The row of a run that is on disk, finished, and of this very recipe."""
+        """The row of a run of this very recipe that is on disk and finished, or whose row was collected before."""
         path = cell.folder(self.runs, entry)
         if path not in self.read:
             if not (path / "summary.json").exists():
-                return None
+                return self._collected(cell, entry)
             recipe = variant(cell.setting.recipe(cell.seed), entry, cell.seed)
             if not same(RunDirectory.open(path).recipe, recipe):
                 return None
@@ -277,13 +286,22 @@ class Bench(Store):
             self.read[path] = {**row, "curve": curve(path)}
         return self.read[path]
 
+    def _collected(self, cell: Cell, entry: str) -> Row | None:
+        if cell.part == "tuning":
+            tuned = self.load("tuning")
+            alike = (tuned.get("seed"), tuned.get("examples")) == (TUNING_SEED, self.examples)
+            score = tuned.get("validation", {}).get(f"{cell.variant} {cell.rate}") if alike else None
+            return None if score is None else {"validation_mean": score}
+        row = self.held.get(cell.key)
+        return row if row is not None and holds(row, cell, entry, self.before["settings"]) else None
+
     def collect(self, write: bool = True) -> list[Row]:
         """Rewrite ``accuracy.json`` from what is on disk, and what it held before that is not."""
         with self.locked():
-            before, rates = self.load("accuracy"), self.rates()
+            self._hold()
+            before, rates = self.before, self.rates()
             self.equal = before.get("settings", {}).get("equal_bytes", {}) | self.equal
             cells = plan(self.found, self.equal)
-            held = {(row["setting"], row["variant"], row["seed"]): row for row in before.get("rows", [])}
             rows: dict[tuple[str, str, int], Row] = {}
             for cell in cells:
                 entry = cell.entry(rates)
@@ -292,10 +310,8 @@ class Bench(Store):
                 if (row := self.finished(cell, entry)) is not None:
                     known = {"setting": cell.setting.name, "variant": cell.variant, "recipe": cell.identity(entry)}
                     rows[cell.key] = {**row, **known, "lr": float(entry.rpartition("=")[2])}
-                elif cell.key in held and holds(held[cell.key], cell, entry, before["settings"]):
-                    rows[cell.key] = {**held[cell.key], "recipe": cell.identity(entry)}
             # Settings whose data is not at hand here keep their rows, and their place in the plan.
-            rows |= {key: row for key, row in held.items() if key[0] not in self.found}
+            rows |= {key: row for key, row in self.held.items() if key[0] not in self.found}
             described = self.described(cells, rates)
             for name, old in before.get("settings", {}).items():
                 if name == "parts":

@@ -114,6 +114,10 @@ class Tasks:
     tasks: Sequence[Task]
     variants: Sequence[str]
     read: dict[Path, Row] = field(default_factory=dict)
+    held: dict[str, Any] = field(init=False)  # ``tasks.json`` as it was last read: runs are not kept for ever
+
+    def __post_init__(self) -> None:
+        self.held = self.bench.load("tasks")
 
     def finished(self, cell: Cell) -> Row | None:
         path = cell.folder(self.bench.runs)
@@ -124,9 +128,23 @@ class Tasks:
             self.read[path] = {**summary["row"], "clients": len(summary["clients"])}
         return self.read[path]
 
+    def _told(self, task: Task) -> dict[str, Any]:
+        """What was collected of a task as it is now."""
+        told: dict[str, Any] = self.held.get("tasks", {}).get(task.name, {})
+        return told if told.get("made_of") == task.made_of() else {}
+
+    def _collected(self, cell: Cell) -> bool:
+        """Whether all that the tables need of a run was collected before."""
+        told, rate = self._told(cell.task), float(cell.rate)
+        rows = (row for row in self.held.get("rows", []) if told and row["task"] == cell.task.name)
+        if any((row["variant"], row["seed"], row["lr"]) == (cell.variant, cell.seed, rate) for row in rows):
+            return True
+        known = cell.rate in told.get("validation", {}).get(cell.variant, {})
+        return cell.seed == 0 and known and self.chosen(cell.task, cell.variant) != cell.rate
+
     def validation(self, task: Task, variant: str) -> dict[str, float]:
         """Rate -> the merit of its validation score, of the runs that are done."""
-        found = {}
+        found = dict(self._told(task).get("validation", {}).get(variant, {}))
         for rate in grid(variant):
             if (row := self.finished(Cell(task, variant, rate, 0))) is not None:
                 found[rate] = metric_of(row).merit(row["validation_mean"])
@@ -147,7 +165,8 @@ class Tasks:
                     yield Cell(task, name, self.chosen(task, name) or "", seed)
 
     def left(self) -> list[Cell]:
-        return [cell for cell in self.plan() if not cell.rate or self.finished(cell) is None]
+        cells = self.plan()
+        return [cell for cell in cells if not cell.rate or (self.finished(cell) is None and not self._collected(cell))]
 
     def ready(self) -> list[Cell]:
         """What is left and whose rate is known."""
@@ -156,7 +175,7 @@ class Tasks:
     def collect(self) -> None:
         """Rewrite ``tasks.json`` from the runs on disk; rows of tasks and methods not asked for now stay."""
         with self.bench.locked():
-            before = self.bench.load("tasks")
+            before = self.held = self.bench.load("tasks")
             rows = {(row["task"], row["variant"], row["seed"]): row for row in before.get("rows", [])}
             told = dict(before.get("tasks", {}))
             for task in self.tasks:
@@ -170,6 +189,9 @@ class Tasks:
                     merits = self.validation(task, name)
                     here["validation"] = {**here["validation"], name: merits} if merits else here["validation"]
                     rate = self.chosen(task, name)
+                    if rate:  # another one may have won since
+                        here_at = {key: row["lr"] for key, row in rows.items() if key[:2] == (task.name, name)}
+                        rows = {key: row for key, row in rows.items() if here_at.get(key, float(rate)) == float(rate)}
                     for seed in range(SEEDS) if rate else ():
                         if (row := self.finished(Cell(task, name, rate, seed))) is not None:
                             known = {"task": task.name, "variant": name, "lr": float(rate)}

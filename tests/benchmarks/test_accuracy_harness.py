@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -145,6 +146,27 @@ def test_rows_come_from_disk_and_from_earlier_results_and_only_for_the_same_reci
     moved.write("tuning", {**tuning, "chosen": {**tuning["chosen"], method: "3e-2"}})
     accuracy.Bench(bench.runs, bench.results, bench.found).collect()
     assert elsewhere.key not in rows(moved) or method in accuracy.NO_RATE
+
+
+def test_what_was_collected_is_not_run_again_where_its_runs_are_gone(
+    bench: accuracy.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = cells_of(bench, method="fedit,celora")
+    tuned = [cell for cell in accuracy.tuning(bench.found, bench.examples) if cell.variant == "celora"]
+    for cell in (*cells, *tuned):
+        leave(bench, cell)
+    bench.collect_tuning()
+    for cell in cells:
+        leave(bench, cell)  # at the rate that is chosen now
+    bench.collect()
+    before = rows(bench)
+    shutil.rmtree(bench.runs)
+    later = accuracy.Bench(bench.runs, bench.results, bench.found)
+    assert accuracy.unfinished(later, [*cells, *tuned]) == []
+    monkeypatch.setattr(accuracy, "perform", lambda *_: pytest.fail("it was run again"))
+    assert accuracy.work(later, [*tuned, *cells], accuracy.Pace([])) == {}
+    later.collect()
+    assert rows(later) == before
 
 
 def test_rows_written_before_rows_told_their_recipe_are_kept(bench: accuracy.Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +91,32 @@ def test_what_is_done_is_not_run_again_but_for_another_checkpoint(bench: SimpleN
     assert not json.loads((bench.results / "tasks.json").read_text())["rows"]
     bench.run()
     assert len(bench.asked) == 18
+
+
+def test_what_was_collected_is_not_run_again_where_its_runs_are_gone(bench: SimpleNamespace) -> None:
+    before = bench.run()
+    shutil.rmtree(bench.folder / "runs")
+    bench.asked.clear()
+    assert bench.run() == before
+    assert bench.asked == []
+    (bench.folder / "model" / "model.safetensors").write_bytes(b"other weights")
+    tasks._digest.cache_clear()
+    bench.run()
+    assert bench.asked
+
+
+def test_a_wider_grid_runs_what_is_new_and_drops_rows_of_the_rate_that_lost(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BEST, "fedit", 3e-2)
+    bench.run()
+    shutil.rmtree(bench.folder / "runs")
+    bench.asked.clear()
+    monkeypatch.setattr(tasks, "GRID", (*tasks.GRID, "3e-2"))
+    rows = bench.run()["rows"]
+    assert {(rate, seed) for method, rate, seed in bench.asked if method == "fedit"} == {(3e-2, s) for s in range(3)}
+    assert {rate for method, rate, _ in bench.asked if method in {"local", "celora"}} == {3e-2}
+    assert [row["lr"] for row in rows if row["variant"] == "fedit"] == [3e-2] * 3
 
 
 def test_methods_and_results_of_other_sittings_stay(bench: SimpleNamespace) -> None:

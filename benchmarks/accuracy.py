@@ -53,8 +53,10 @@ OPTIONS = (
     "fedit:fedopt=adam",
     "fedit:train.optimizer=sgd",
     "fedit:train.optimizer=sgd:scaffold=true",
+    "folklora:train.head_lr=1e-3",
 )
-"""What is published as a method and is an option of another here; tuned like a method."""
+"""What is published as a method and is an option of another here, and FolkLoRA with a rate of its own for the head that
+starts sketched; tuned like a method."""
 
 AT_ONE_RANK = {"zeropad": "fedit", "replication": "fedit", "hafl": "fedit"}
 """What is another method where all clients have one rank, and is run, and tuned, only where they have not."""

@@ -179,6 +179,7 @@ class TrainSection(Section):
     local_epochs: int = Field(1, ge=1)
     batch_size: int = Field(16, ge=1)
     lr: float = Field(1e-3, gt=0, le=1e6)
+    head_lr: float | None = Field(None, gt=0, le=1e6, description="of the task's own head; default: lr")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     optimizer_state: Literal["fresh", "kept"] = Field("fresh", description="moments across rounds")
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd")
@@ -202,6 +203,11 @@ class TrainSection(Section):
         if self.cohort != "auto" and self.cohort < 1:
             raise ValueError(f'cohort = {self.cohort}; allowed: "auto" or a number >= 1')
         return self
+
+    @property
+    def head_rate(self) -> float:
+        """Multiplies the learning rate where the task's own head is trained."""
+        return 1.0 if self.head_lr is None else self.head_lr / self.lr
 
     def sampled(self, clients: int) -> int:
         """How many of so many clients take part in a round: the fraction, rounded half up, and never nobody."""

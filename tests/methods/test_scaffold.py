@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 
 from folklora.errors import MethodError
 from folklora.federation.codec import check
+from folklora.federation.member import Member
 from folklora.federation.run import run
 from folklora.federation.rundir import RunDirectory
+from folklora.federation.setup import prepare
 from folklora.federation.traffic import per_round
 from folklora.methods import METHODS, build
 from folklora.methods.contract import Message
+from folklora.training.cohort import CohortTrainer
 
 LR, STEPS = 0.05, 20  # of `Federation.descend`
 TAKING = [
@@ -286,3 +289,21 @@ def test_a_real_run(tiny_recipe: Callable[..., Any], tmp_path: Path) -> None:
         assert len(parts) >= 4
         torch.testing.assert_close(state[name].double(), sum(parts) / len(clients), rtol=1e-4, atol=1e-6)
         assert state[name].any()
+
+
+def test_control_variates_are_gradients_whatever_the_heads_rate(tiny_recipe: Callable[..., Any]) -> None:
+    """One step from one start: a head that moved a tenth of the way says the same of its gradient."""
+    found = []
+    for more in ((), ("train.head_lr=0.05",)):
+        options = ("method.scaffold=true", "train.optimizer=sgd", "train.lr=0.5", "train.batch_size=1000", *more)
+        setup = prepare(tiny_recipe("method.name=fedit", *options))
+        member = Member(setup, "0")
+        trainer = CohortTrainer(setup.task, setup.method.adapter, setup.recipe.train, setup.recipe.seed)
+        start = dict(member.client.tensors)
+        member.finish(1, list(trainer.fit(member.jobs(1))))
+        moved = float((member.client.tensors["head/weight"] - start["head/weight"]).norm())
+        found.append((moved, {n: t for n, t in member.client.notes.items() if n.startswith("control/sent/")}))
+    (whole, plain), (tenth, slow) = found
+    assert tenth == pytest.approx(whole / 10, rel=1e-4)
+    for name, control in plain.items():
+        torch.testing.assert_close(slow[name], control, rtol=1e-4, atol=1e-7)

@@ -47,6 +47,10 @@ CASES: dict[str, dict[str, Any]] = {
         "norm": True,
         "train": {"weight_decay": 0.1, "warmup": 0.2, "schedule": "cosine"},
     },
+    "bert packed lora head at its own rate": {
+        "architecture": "bert",
+        "train": {"head_lr": 1e-4, "weight_decay": 0.1, "schedule": "cosine"},
+    },
     "distilbert packed tri no clip": {"architecture": "distilbert", "core": True, "train": {"clip": None}},
     "llama padded lora adamw": {"architecture": "llama"},
     # Not AdamW: part of GPT-2's norms has (all but) no gradient, whose rounding Adam blows up to steps of full size;
@@ -139,10 +143,14 @@ def train_alone(world: Any, job: Job, train: TrainSection, kinds: tuple[str, ...
     head = {name: nn.Parameter(job.tensors[name].clone()) for name in ("head/weight", "head/bias")}
     trained |= head
     parameters = list(trained.values())
+    groups = [
+        {"params": [p for name, p in trained.items() if name not in head], "times": 1.0},
+        {"params": list(head.values()), "times": (train.head_lr or train.lr) / train.lr},
+    ]
     if train.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=train.weight_decay)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=train.weight_decay)
     else:
-        optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=train.momentum, weight_decay=train.weight_decay)
+        optimizer = torch.optim.SGD(groups, lr=1.0, momentum=train.momentum, weight_decay=train.weight_decay)
     trace = Trace()
     per_round = EPOCHS * -(-len(job.examples) // BATCH)
     batches: list[np.ndarray] = []  # the order of examples is given; everything else is not
@@ -165,7 +173,8 @@ def train_alone(world: Any, job: Job, train: TrainSection, kinds: tuple[str, ...
             torch.nn.utils.clip_grad_norm_(parameters, train.clip)
         if step == 0:
             trace.gradient = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
-        optimizer.param_groups[0]["lr"] = rate(train, step, train.rounds * per_round)
+        for group in optimizer.param_groups:
+            group["lr"] = group["times"] * rate(train, step, train.rounds * per_round)
         optimizer.step()
         trace.losses.append(loss.item())
     trace.tensors = {name: parameter.detach().clone() for name, parameter in trained.items()}

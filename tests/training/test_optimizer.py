@@ -54,6 +54,27 @@ def test_each_row_moves_as_torch_moves_it_alone(name: str) -> None:
     assert optimizer.steps.unique().tolist() == [30.0]
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_tensors_have_rates_as_parameter_groups_have(name: str) -> None:
+    settings, make = OPTIMIZERS[name]
+    rates = [1.0, 0.1, 30.0][: len(WIDTHS)]
+    start = torch.randn(K, P, generator=torch.Generator().manual_seed(99))
+    values = start.clone()
+    optimizer = build(TrainSection(**settings), K, WIDTHS, CPU, rates)
+    alone = [[nn.Parameter(part.clone()) for part in row.split(WIDTHS)] for row in start]
+    theirs = [[make([part]) for part in parts] for parts in alone]
+    for step in range(10):
+        grads, lr = gradients(step), torch.tensor([1e-2, 1e-3 * (step + 1), 0.1 / (step + 1)])
+        optimizer.step(values, grads.clone(), lr)
+        for k, parts in enumerate(alone):
+            for part, grad, rate, their in zip(parts, grads[k].split(WIDTHS), rates, theirs[k], strict=True):
+                their.param_groups[0]["lr"] = float(lr[k]) * rate
+                part.grad = grad.clone()
+                their.step()
+        expected = torch.stack([torch.cat([part.detach() for part in parts]) for parts in alone])
+        torch.testing.assert_close(values, expected, rtol=2e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd, momentum"])
 def test_rows_that_started_earlier_are_further(name: str) -> None:
     """A refilled slot: row 1 starts afresh after ten steps, the others go on."""

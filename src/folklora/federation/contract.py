@@ -87,6 +87,7 @@ class Contract(Section):
             norms=_weightless(self.norms),
             rounds=recipe.train.rounds,
             learning_rate=recipe.train.lr,
+            head_rate=recipe.train.head_rate,
             batch_size=recipe.train.batch_size,
             local_epochs=recipe.train.local_epochs,
             optimizer=recipe.train.optimizer,

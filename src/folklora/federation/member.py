@@ -173,11 +173,12 @@ class Member:
             if not (math.isfinite(each.loss) and all(finite)):
                 raise MethodError(f"training diverged (loss {each.loss:g}); allowed: a smaller train.lr or train.clip")
         before = self.client.tensors, dict(self.client.notes)
+        head_rate = self.setup.recipe.train.head_rate
         try:
             self.method.learned(
                 round,
                 self.client,
-                {f.branch: Trained(f.tensors, f.loss, f.steps, f.travelled, f.importance) for f in fitted},
+                {f.branch: Trained(f.tensors, f.loss, f.steps, f.travelled, f.importance, head_rate) for f in fitted},
             )
             message = self.method.send(round, self.client)
             data = None if message is None else self.outlet.encode(round, message)

@@ -226,6 +226,7 @@ def context(recipe: Recipe, task: Task, ranks: Mapping[str, int]) -> Context:
         norms=norms,
         rounds=recipe.train.rounds,
         learning_rate=recipe.train.lr,
+        head_rate=recipe.train.head_rate,
         batch_size=recipe.train.batch_size,
         local_epochs=recipe.train.local_epochs,
         optimizer=recipe.train.optimizer,

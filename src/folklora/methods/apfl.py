@@ -85,7 +85,7 @@ class APFL(Personal):
         moved = {name: tensor.double() - start[name].double() for name, tensor in after.tensors.items()}
         self.keep(client, {name: (v[name].double() + way / alpha).float() for name, way in moved.items()})
         if self.options.adaptive:
-            slope = sum(float(((v[n].double() - w[n].double()) * -way).sum()) for n, way in moved.items())
-            slope /= after.travelled
+            gap = {n: v[n].double() - w[n].double() for n in moved}
+            slope = sum(float((gap[n] * -way).sum()) / after.way(n) for n, way in moved.items())
             alpha = min(1.0, max(LEAST, alpha - self.options.alpha_lr * slope))
             client.notes["alpha"] = torch.tensor(alpha, dtype=torch.float64)

@@ -200,7 +200,7 @@ class Method:
                     message.tensors["head/bias"],
                     client.data.features("train"),
                     client.data.features("validation"),
-                    steps_lr=self.context.learning_rate,
+                    steps_lr=self.context.learning_rate * self.context.head_rate,
                     batch_size=self.context.batch_size,
                     epochs=self.rounds() * self.context.local_epochs,
                     seed=self.context.seed,

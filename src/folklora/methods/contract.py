@@ -106,7 +106,8 @@ class Context:
     without one (a language model, CLIP). Statistics of the data are of ``classes`` classes, at least one, and of
     features of ``width``. Where ``promote`` is set, the best ``promote_share`` of the clients first validated get that
     rank. ``newcomers`` says that the server will be asked what it has for clients it never heard of, so that it keeps
-    what it needs for an answer. ``network`` makes the differentiable backbone for an adapter, where the task has one.
+    what it needs for an answer. ``head_rate`` multiplies the learning rate of the task's own head. ``network`` makes
+    the differentiable backbone for an adapter, where the task has one.
     """
 
     seed: int
@@ -127,6 +128,7 @@ class Context:
     promote: int | None = None
     promote_share: float = 0.1
     momentum: float = 0.0
+    head_rate: float = 1.0
     newcomers: bool = False
     network: Callable[[LowRank], Network] | None = None
 

@@ -92,7 +92,7 @@ class Renewal:
             self.bias,
             train,
             client.data.features("validation"),
-            steps_lr=context.learning_rate,
+            steps_lr=context.learning_rate * context.head_rate,
             batch_size=context.batch_size,
             epochs=epochs,
             seed=context.seed,

@@ -72,7 +72,7 @@ class Scaffold(Method):
         notes = {n: t for n, t in client.notes.items() if not n.startswith("control/sent/")}
         for name, x in client.tensors.items():
             if kind(name) in self._controlled(round):
-                way = (x.double() - trained.tensors[name].double()) / trained.travelled
+                way = (x.double() - trained.tensors[name].double()) / trained.way(name)
                 notes[f"control/sent/{name}"] = (way - c[name].double() if name in c else way).float()
         notes["control/round"] = torch.tensor(round)
         client.notes = notes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from folklora.adapters.lowrank import Tensors
+from folklora.adapters.lowrank import Tensors, kind
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Trained:
         Mean training loss over the examples seen.
     steps, travelled
         Gradient steps, and the sum of their learning rates.
+    head_rate
+        By how much the rates of the task's own head were larger.
     importance
         Where it was asked for: ``s(w) = I_bar * U_bar`` with ``I = |w dL/dw|`` of each step, ``I_bar`` its moving
         average and ``U_bar`` that of ``|I - I_bar|``, both 0.85 [AdaLoRA, arXiv 2303.10512], from zero in every round
@@ -74,3 +76,8 @@ class Trained:
     steps: int
     travelled: float
     importance: Tensors = field(default_factory=dict)
+    head_rate: float = 1.0
+
+    def way(self, name: str) -> float:
+        """The sum of a tensor's learning rates: its move divided by that is plain descent's mean gradient."""
+        return self.travelled * (self.head_rate if kind(name) == "head" else 1.0)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from folklora.adapters.layers import Bank
-from folklora.adapters.lowrank import LowRank, Tensors
+from folklora.adapters.lowrank import LowRank, Tensors, kind
 from folklora.backbones.batch import Batch
 from folklora.backbones.task import Example, Task
 from folklora.methods.work import Terms
@@ -201,7 +201,8 @@ class _Cohort:
         self.frozen = stacks
         self.rows = Rows(torch.cat(flat, dim=1), self.shapes)
         widths = [shape.numel() for shape in self.shapes.values()]
-        self.optimizer = build(trainer.train, len(jobs), widths, self.device)
+        rates = [trainer.train.head_rate if kind(name) == "head" else 1.0 for name in self.trained]
+        self.optimizer = build(trainer.train, len(jobs), widths, self.device, rates)
         self.scales = torch.tensor([trainer.adapter.scale(job.rank) for job in jobs], device=self.device)
         self.terms = TermRows(terms, len(jobs), sum(widths), self.device)
         self.private = jobs[0].private is not None

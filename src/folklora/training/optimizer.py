@@ -1,7 +1,8 @@
 """AdamW and SGD for K clients at once: one row of a [K, P] matrix is one client.
 
 Each row has its own step counts, learning rate and gradient norm, so it moves exactly as a torch optimiser would move
-that client alone (tested against ``torch.optim``). Steps are counted per tensor (a range of columns), because a method
+that client alone (tested against ``torch.optim``). Tensors may have rates of their own, as torch's parameter groups
+have: multiples of the row's learning rate. Steps are counted per tensor (a range of columns), because a method
 may train other tensors in every other round and keep the optimiser's state.
 """
 
@@ -29,20 +30,24 @@ class RowOptimizer(Protocol):
 class AdamW:
     """Decoupled weight decay, arXiv 1711.05101; betas 0.9, 0.999, eps 1e-8 as in torch."""
 
-    def __init__(self, rows: int, widths: Sequence[int], weight_decay: float, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, widths: Sequence[int], weight_decay: float, device: torch.device, rates: Tensor
+    ) -> None:
         self.moments = {name: torch.zeros(rows, sum(widths), device=device) for name in ("m", "v")}
         self.steps = torch.zeros(rows, len(widths), dtype=torch.float64, device=device)
         self.widths = torch.tensor(widths, device=device)
+        self.rates = rates
         self.weight_decay = weight_decay
 
     def step(self, values: Tensor, grads: Tensor, lr: Tensor) -> None:
         beta1, beta2, eps = 0.9, 0.999, 1e-8
         m, v = self.moments["m"], self.moments["v"]
         self.steps += 1
+        rate = lr[:, None] * self.rates  # [K, tensors]
         if self.weight_decay:
-            values.mul_((1 - lr * self.weight_decay)[:, None])
-        size = self._columns((lr.double()[:, None] / (1 - beta1**self.steps)).float())
-        root = self._columns(torch.sqrt(1 - beta2**self.steps).float())
+            values.mul_(columns(1 - rate * self.weight_decay, self.widths))
+        size = columns((rate.double() / (1 - beta1**self.steps)).float(), self.widths)
+        root = columns(torch.sqrt(1 - beta2**self.steps).float(), self.widths)
         for rows in _chunks(values):
             g, m_, v_ = grads[rows], m[rows], v[rows]
             m_.lerp_(g, 1 - beta1)
@@ -50,11 +55,12 @@ class AdamW:
             denominator = v_.sqrt().div_(root[rows]).add_(eps)
             values[rows].sub_((m_ * size[rows]).div_(denominator))
 
-    def _columns(self, each: Tensor) -> Tensor:
-        """One number a tensor, [K, tensors] -> one number a column: [K, P], or [K, 1] where a row has one."""
-        if torch.equal(each, each[:, :1].expand_as(each)):
-            return each[:, :1]
-        return each.repeat_interleave(self.widths, dim=1)
+
+def columns(each: Tensor, widths: Tensor) -> Tensor:
+    """One number a tensor, [K, tensors] -> one number a column: [K, P], or [K, 1] where a row has one."""
+    if torch.equal(each, each[:, :1].expand_as(each)):
+        return each[:, :1]
+    return each.repeat_interleave(widths, dim=1)
 
 
 def _chunks(values: Tensor) -> Iterator[slice]:
@@ -67,8 +73,16 @@ class SGD:
     """SGD with (heavy-ball) momentum and L2 weight decay, as ``torch.optim.SGD``."""
 
     def __init__(
-        self, rows: int, widths: Sequence[int], momentum: float, weight_decay: float, device: torch.device
+        self,
+        rows: int,
+        widths: Sequence[int],
+        momentum: float,
+        weight_decay: float,
+        device: torch.device,
+        rates: Tensor,
     ) -> None:
+        self.widths = torch.tensor(widths, device=device)
+        self.rates = rates
         self.moments = {"m": torch.zeros(rows, sum(widths), device=device)} if momentum else {}
         self.steps = torch.zeros(rows, len(widths), dtype=torch.float64, device=device)
         self.momentum = momentum
@@ -80,14 +94,24 @@ class SGD:
             grads = grads + self.weight_decay * values
         if self.momentum:
             grads = self.moments["m"].mul_(self.momentum).add_(grads)
-        values.sub_(lr[:, None] * grads)
+        values.sub_(columns(lr[:, None] * self.rates, self.widths) * grads)
 
 
-def build(train: TrainSection, rows: int, widths: Sequence[int], device: torch.device) -> RowOptimizer:
-    """The recipe's optimiser for ``rows`` clients, each with trained tensors of ``widths`` numbers."""
+def build(
+    train: TrainSection,
+    rows: int,
+    widths: Sequence[int],
+    device: torch.device,
+    rates: Sequence[float] | None = None,
+) -> RowOptimizer:
+    """The recipe's optimiser for ``rows`` clients, each with trained tensors of ``widths`` numbers.
+
+    ``rates`` multiply the learning rate of each tensor; by default all are 1.
+    """
+    each = torch.tensor(rates or [1.0] * len(widths), device=device)
     if train.optimizer == "sgd":
-        return SGD(rows, widths, train.momentum, train.weight_decay, device)
-    return AdamW(rows, widths, train.weight_decay, device)
+        return SGD(rows, widths, train.momentum, train.weight_decay, device, each)
+    return AdamW(rows, widths, train.weight_decay, device, each)
 
 
 def clip_rows(grads: Tensor, limit: float) -> None:

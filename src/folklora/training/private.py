@@ -88,6 +88,8 @@ def secret_seed(secret: int, client: str, round: int, work: Work, moments: Tenso
     digest = hashlib.blake2b(digest_size=16)
     train = {"rounds", "local_epochs", "batch_size", "lr", "optimizer", "optimizer_state"}
     train |= {"momentum", "weight_decay", "warmup", "schedule"}
+    if recipe.train.head_lr is not None:
+        train.add("head_lr")
     about: dict[str, Any] = {"train": train, "adapter": True, "privacy": True}
     if recipe.depth.said:
         about["depth"] = True

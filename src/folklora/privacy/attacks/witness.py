@@ -173,7 +173,9 @@ def _gradient(
         exact = replica.exact(job.tensors, names, victim.examples, torch.from_numpy(np.asarray(victim.labels)))
         exact = moving(exact, _masks(jobs, names))
         return {name: cut(name, slope.cpu(), sent) for name, slope in exact.items()}, unmatched
-    return {name: (cut(name, before[name], sent) - sent[name].float()) / way for name in names}, unmatched
+    rates = {name: setup.recipe.train.head_rate if kind(name) == "head" else 1.0 for name in names}
+    moves = {name: cut(name, before[name], sent) - sent[name].float() for name in names}
+    return {name: move / (way * rates[name]) for name, move in moves.items()}, unmatched
 
 
 def _masks(jobs: Sequence[Job], names: Iterable[str]) -> Tensors:

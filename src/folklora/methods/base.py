@@ -14,6 +14,7 @@ models. In the order data flows::
                                         `trained(round)` names
     learned(round, client, results)     at the client after training: take its results in
     send(round, client)      -> message at the client then; default: the kinds `shared(round)` names
+    as_trained(tensors, before)         at whoever reads an upload: its tensors by the names under which they train
     check_update(round, state, client, message)     at the server: refuse what names and shapes cannot tell
     server(round, state, messages) -> state     the aggregation
     reply(state, id)         -> message what the server has for a client now: a pure function of the state

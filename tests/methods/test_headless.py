@@ -366,3 +366,9 @@ def test_to_say_that_there_is_none_is_no_mistake(
 def test_who_needs_a_head_is_told() -> None:
     needs = {row["name"]: row["needs_head"] for row in describe_methods(16, 16, 2)}
     assert needs == {name: name in {"sketch", "feddm", "fedaf"} for name in METHODS}
+
+
+def test_a_rate_for_a_head_that_is_not_there_is_refused(context: Callable[..., Any]) -> None:
+    with pytest.raises(MethodError, match=r"train\.head_lr is set, and the task has no head of its own"):
+        build("fedit", {}, context(classes=1, head={}, head_rate=0.1))
+    build("fedit", {}, context(head_rate=0.1))

@@ -80,6 +80,8 @@ class Method:
                 f"method.name = {self.name!r} {does}, and the task has none of its own; "
                 "allowed: a method that trains, such as 'folklora'"
             )
+        if context.head_rate != 1 and not context.head:
+            raise MethodError("train.head_lr is set, and the task has no head of its own; allowed: to leave it out")
         self.options = options if context.head else options.without_head(self.name)
         self.context = context
         self.adapter = LowRank(context.sites, self.core, context.alpha, context.dropout)

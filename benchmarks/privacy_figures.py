@@ -60,6 +60,10 @@ SENDING = {"A travels": "A", "B travels, A does not": "B", "cores travel": "C"}
 """In words, and the first of these that a method's messages hold."""
 
 
+ASIDE = ("flora", "haflq", "apfl", "ravan")
+"""Methods that stand apart from others of their kind, and are named too."""
+
+
 def _sending(variant: str) -> str:
     travels = METHODS[variant.partition(":")[0]].travels
     return next((kinds for kinds in "AB" if kinds in travels), "C")
@@ -73,7 +77,7 @@ def trade() -> Figure | None:
     methods = [v for v in variants(rows) if of(reached, variant=v)]
     if not methods:
         return None
-    named = variants(part("span"))
+    named = dict.fromkeys((*variants(part("span")), *ASIDE), (6, 5)) | {"fedit": (-32, 2), "ffa": (-20, 5)}
     with drawing("light") as theme:
         figure = canvas(3.6, 6.0)
         ax = clean(figure.add_subplot(), theme)
@@ -85,7 +89,7 @@ def trade() -> Figure | None:
             ax.plot(x, y, marker="o", markersize=7, linestyle="none", color=theme.palette[i], label=words)
             for method, *point in zip(drawn, x, y, strict=True):
                 if method in named:
-                    ax.annotate(method, point, xytext=(6, 5), textcoords="offset points", fontsize=8)
+                    ax.annotate(method, point, xytext=named[method], textcoords="offset points", fontsize=8)
         ax.set_xlabel("test accuracy after the last round")
         ax.set_ylabel("tokens told, of what was sent")
         ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")

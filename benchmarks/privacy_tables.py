@@ -62,10 +62,13 @@ def seeds(rows: Sequence[Row]) -> str:
     """How many seeds and victims a table rests on."""
     if not rows:
         return ""
-    numbers = sorted({row["seed"] for row in rows})
     victims = sum({row["seed"]: row["victims_attacked"] for row in rows}.values())
-    told = f"seed{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-    return f"\n*{told}; {victims} victims for each number where all seeds are done.*\n"
+    return f"\n*{_numbered(rows)}; {victims} victims for each number where all seeds are done.*\n"
+
+
+def _numbered(rows: Sequence[Row]) -> str:
+    numbers = sorted({row["seed"] for row in rows})
+    return f"seed{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def variants(rows: Iterable[Row]) -> list[str]:
@@ -260,8 +263,7 @@ def _epsilons(rows: Sequence[Row], attacked: Sequence[Row]) -> str:
         lines.append(line)
     header = ["method", *("no noise" if e == NONE else f"epsilon {e:g}" for e in asked)]
     header += [f"tokens told at epsilon {e:g}, %" for e in asked[1:]] if attacked else []
-    numbers = sorted({row["seed"] for row in rows})
-    return markdown(header, lines) + f"\n*Test accuracy, %; seeds {', '.join(map(str, numbers))}.*\n"
+    return markdown(header, lines) + f"\n*Test accuracy, %; {_numbered(rows)}.*\n"
 
 
 NONE = float("inf")

@@ -119,7 +119,9 @@ def test_a_resumed_run_of_a_language_model_is_the_uninterrupted_run(
 
 
 def test_early_stopping_keeps_the_lowest_loss(speaking: Callable[..., Recipe], tmp_path: Path) -> None:
-    summary = run(speaking("method.name=local", "train.rounds=6", "train.lr=0.3", "train.patience=1"), tmp_path / "run")
+    summary = run(
+        speaking("method.name=local", "train.rounds=30", "train.lr=0.3", "train.patience=1"), tmp_path / "run"
+    )
     means = [line["validation"]["mean"] for line in RunDirectory(tmp_path / "run").metrics() if line["validation"]]
     assert summary["stopped_early"]
     assert summary["row"]["validation_mean"] == pytest.approx(min(means), rel=1e-6)

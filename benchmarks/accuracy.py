@@ -239,9 +239,16 @@ class Bench(Store):
     read: dict[Path, Row] = field(default_factory=dict)
     before: dict[str, Any] = field(init=False)  # ``accuracy.json`` as it was last read
     held: dict[tuple[str, str, int], Row] = field(init=False)  # its rows: runs are not kept for ever
+    tuned: dict[str, Any] = field(init=False)  # ``tuning.json`` as it was last read
 
     def __post_init__(self) -> None:
         self._hold()
+        self.tuned = self._tuning()
+
+    def _tuning(self) -> dict[str, Any]:
+        """Nothing, if it was made with another seed or other examples."""
+        found = self.load("tuning")
+        return found if (found.get("seed"), found.get("examples")) == (TUNING_SEED, self.examples) else {}
 
     def _hold(self) -> None:
         self.before = self.load("accuracy")
@@ -256,9 +263,7 @@ class Bench(Store):
     def collect_tuning(self) -> None:
         """Validation accuracy by method and rate, and the best rate of every method whose grid is complete."""
         with self.locked():
-            before = self.load("tuning")
-            if (before.get("seed"), before.get("examples")) != (TUNING_SEED, self.examples):
-                before = {}
+            before = self.tuned = self._tuning()
             scores: dict[str, float] = dict(before.get("validation", {}))
             chosen: dict[str, str] = dict(before.get("chosen", {}))
             cells = tuning(self.found, self.examples)
@@ -290,9 +295,7 @@ class Bench(Store):
 
     def _collected(self, cell: Cell, entry: str) -> Row | None:
         if cell.part == "tuning":
-            tuned = self.load("tuning")
-            alike = (tuned.get("seed"), tuned.get("examples")) == (TUNING_SEED, self.examples)
-            score = tuned.get("validation", {}).get(f"{cell.variant} {cell.rate}") if alike else None
+            score = self.tuned.get("validation", {}).get(f"{cell.variant} {cell.rate}")
             return None if score is None else {"validation_mean": score}
         row = self.held.get(cell.key)
         return row if row is not None and holds(row, cell, entry, self.before["settings"]) else None

@@ -190,8 +190,8 @@ class Tasks:
                     here["validation"] = {**here["validation"], name: merits} if merits else here["validation"]
                     rate = self.chosen(task, name)
                     if rate:  # another one may have won since
-                        here_at = {key: row["lr"] for key, row in rows.items() if key[:2] == (task.name, name)}
-                        rows = {key: row for key, row in rows.items() if here_at.get(key, float(rate)) == float(rate)}
+                        own = (task.name, name)
+                        rows = {k: row for k, row in rows.items() if k[:2] != own or row["lr"] == float(rate)}
                     for seed in range(SEEDS) if rate else ():
                         if (row := self.finished(Cell(task, name, rate, seed))) is not None:
                             known = {"task": task.name, "variant": name, "lr": float(rate)}

@@ -80,4 +80,9 @@ class Trained:
 
     def way(self, name: str) -> float:
         """The sum of a tensor's learning rates: its move divided by that is plain descent's mean gradient."""
-        return self.travelled * (self.head_rate if kind(name) == "head" else 1.0)
+        return self.travelled * rate_of(name, self.head_rate)
+
+
+def rate_of(name: str, head_rate: float) -> float:
+    """What multiplies the learning rate of a tensor: only the task's own head may have a rate of its own."""
+    return head_rate if kind(name) == "head" else 1.0

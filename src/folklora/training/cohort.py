@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from folklora.adapters.layers import Bank
-from folklora.adapters.lowrank import LowRank, Tensors, kind
+from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.backbones.batch import Batch
 from folklora.backbones.task import Example, Task
-from folklora.methods.work import Terms
+from folklora.methods.work import Terms, rate_of
 from folklora.privacy.example import sampling
 from folklora.randomness import numpy_generator, torch_generator
 from folklora.sections import TrainSection
@@ -201,7 +201,7 @@ class _Cohort:
         self.frozen = stacks
         self.rows = Rows(torch.cat(flat, dim=1), self.shapes)
         widths = [shape.numel() for shape in self.shapes.values()]
-        rates = [trainer.train.head_rate if kind(name) == "head" else 1.0 for name in self.trained]
+        rates = [rate_of(name, trainer.train.head_rate) for name in self.trained]
         self.optimizer = build(trainer.train, len(jobs), widths, self.device, rates)
         self.scales = torch.tensor([trainer.adapter.scale(job.rank) for job in jobs], device=self.device)
         self.terms = TermRows(terms, len(jobs), sum(widths), self.device)

@@ -82,8 +82,8 @@ class Observation:
     prompts
         causal-lm: how many of each text's tokens are its prompt; known where the lengths are.
     masks
-        1 where a tensor of ``gradient`` was trained and 0 where it rested, in the client's own shape; tensors that are
-        not named were trained whole.
+        1 where a tensor was trained and 0 where it rested, in the client's own shape, as the upload's indices tell;
+        tensors that are not named were trained whole.
     """
 
     client: str

@@ -7,7 +7,7 @@ that follows from the seed, the welcome and the replies, taken in as a client wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from folklora.federation.local import LocalEngine
 from folklora.federation.member import Member
 from folklora.federation.setup import Setup
 from folklora.methods.contract import Client, Message, State
+from folklora.methods.work import rate_of
 from folklora.privacy.attacks.observation import Knowledge, Observation, Victim, cut, moving
 from folklora.privacy.attacks.replica import Replica
 from folklora.privacy.attacks.warm import Warm, with_batch
@@ -100,7 +101,7 @@ def watch(
         before = true if knowledge.bases else believed(warm, client, number, state, public)
         gradient, unmatched = _gradient(setup, jobs, message, before, knowledge, replica, victim)
         seen = _observation(setup, victim, number, before, message, gradient, sketch, knowledge)
-        seen = replace(seen, masks=_masks(jobs, gradient))
+        seen = replace(seen, masks=jobs[0].terms.masks if jobs else {})
         found.append(Seen(seen, size, unmatched))
         if number < warm.round + rounds and message.tensors:
             state = intake.server(number, state, {client: message}, Ledger())
@@ -171,17 +172,11 @@ def _gradient(
     unmatched = tuple(name for name in sent if name not in names and kind(name) != "index")
     if knowledge.view == "gradient":
         exact = replica.exact(job.tensors, names, victim.examples, torch.from_numpy(np.asarray(victim.labels)))
-        exact = moving(exact, _masks(jobs, names))
+        exact = moving(exact, job.terms.masks)
         return {name: cut(name, slope.cpu(), sent) for name, slope in exact.items()}, unmatched
-    rates = {name: setup.recipe.train.head_rate if kind(name) == "head" else 1.0 for name in names}
     moves = {name: cut(name, before[name], sent) - sent[name].float() for name in names}
-    return {name: move / (way * rates[name]) for name, move in moves.items()}, unmatched
-
-
-def _masks(jobs: Sequence[Job], names: Iterable[str]) -> Tensors:
-    """What of these tensors the round trained: what rested follows from the upload's indices."""
-    masks = jobs[0].terms.masks if jobs else {}
-    return {name: masks[name].float() for name in names if name in masks}
+    head_rate = setup.recipe.train.head_rate
+    return {name: move / (way * rate_of(name, head_rate)) for name, move in moves.items()}, unmatched
 
 
 def _fits(name: str, message: Tensors, job: Job) -> bool:

@@ -2,11 +2,12 @@
 
     python benchmarks/server.py [--quick] [--threads 2]      # about a quarter of an hour on two cores; --quick a minute
 
-Three parts, into results/server.json:
+Three parts, into results/server.json, which keeps what other processors took beside it:
 
 *aggregation*: what a round costs once all cores are there: CKA rows of 12 modules of rank 8, half model and half data
 similarity, softmax, mix. Each number of clients is a process of its own, so that its peak of memory is its own; inputs
-count. Beyond the clients whose matrices the method keeps, both types of products are measured. The error is that of 64
+count. Beyond the clients whose matrices the method keeps, both types of products are measured, where the processor has
+bfloat16. The error is that of 64
 clients' mixed cores against the dense formula in float64, relative to their distance from the mean of all cores.
 
 *similarity*: the one-off comparison of data, exact and embedded, for made-up clients of ten out of 77 classes each.
@@ -58,9 +59,13 @@ def timed(work: Callable[[], Any], least: float = 0.5) -> tuple[float, Any]:
 
 
 def aggregation(counts: Sequence[int], threads: int) -> list[dict[str, Any]]:
+    # Here and below, not above: a child measures its own memory, without a library of transformers.
+    from folklora.backbones.frozen import has_native_bfloat16
+
     rows = []
+    many = ("float32", "bfloat16") if has_native_bfloat16(torch.device("cpu")) else ("float32",)
     for clients in counts:
-        for products in ("float64",) if clients <= WHOLE else ("float32", "bfloat16"):
+        for products in ("float64",) if clients <= WHOLE else many:
             print(f"aggregation, {clients} clients, {products}", file=sys.stderr, flush=True)
             child = ["--child", str(clients), "--products", products, "--threads", str(threads)]
             done = subprocess.run([sys.executable, __file__, *child], check=True, stdout=subprocess.PIPE, text=True)
@@ -159,7 +164,6 @@ def _embed(clients: int, components: int) -> float:
 
 def embedding(clients: int, limit: int | None) -> list[dict[str, Any]]:
     """Against exact distances, where clients have the data of Banking77."""
-    # Here and below, not above: a child measures its own memory, without a library of transformers.
     from folklora.federation.setup import federated_data, prepare
     from folklora.recipe import Recipe
 
@@ -220,12 +224,17 @@ def main() -> None:
     if arguments.child is not None:
         print(json.dumps(_child(arguments.child, getattr(torch, arguments.products))))
         return
-    from _common import environment, publish
+    from _common import RESULTS, environment, publish
 
     quick = arguments.quick
     counts = (10, 100, 2000) if quick else COUNTS
+    where = environment(torch.device("cpu"), torch.float32)
+    measured = {
+        "environment": where,
+        "aggregation": aggregation(counts, arguments.threads),
+        "similarity": one_off((10, 50) if quick else (10, 100, 300, *COUNTS[2:])),
+    }
     document = {
-        "environment": environment(torch.device("cpu"), torch.float32),
         "setup": {
             "modules": MODULES,
             "rank": RANK,
@@ -235,14 +244,14 @@ def main() -> None:
             "classes_per_client": OWN,
             "features": FEATURES,
         },
-        "aggregation": aggregation(counts, arguments.threads),
-        "similarity": one_off((10, 50) if quick else (10, 100, 300, *COUNTS[2:])),
         "embedding": embedding(20, 500) if quick else embedding(300, None),
+        "processors": {where["processor"]: measured},
     }
     if quick:
         print(json.dumps(document, indent=1))
-    else:
-        publish("server", document)
+        return
+    before = json.loads(file.read_text(encoding="utf-8")) if (file := RESULTS / "server.json").exists() else {}
+    publish("server", {**document, "processors": {**before.get("processors", {}), **document["processors"]}})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import accuracy_tables
 import condensed_tables
@@ -68,27 +69,43 @@ def memory() -> str:
 
 
 def server() -> str:
-    """A round's aggregation by number of clients."""
-    rows = load("server")["aggregation"]
-    lines = [
-        [f"{r['clients']:,}", r["products"], _seconds(r["seconds"]), human_bytes(r["peak_bytes"]), f"{r['error']:.0e}"]
-        for r in rows
-    ]
-    return markdown(["clients", "products in", "a round's mix", "peak memory of the process", "error"], lines, left=2)
+    """A round's aggregation by number of clients, on every processor that was measured."""
+    processors = load("server")["processors"]
+    rows: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
+    for processor, measured in processors.items():
+        for row in measured["aggregation"]:
+            rows.setdefault((row["clients"], row["products"]), {})[processor] = row
+    lines = []
+    for (clients, products), found in rows.items():
+        times = [_seconds(found[name]["seconds"]) if name in found else "-" for name in processors]
+        memory, error = (max(row[key] for row in found.values()) for key in ("peak_bytes", "error"))
+        lines.append([f"{clients:,}", products, *times, human_bytes(memory), f"{error:.0e}"])
+    mixes = [f"a round's mix, {_short(name)}" for name in processors]
+    return markdown(["clients", "products in", *mixes, "peak memory of the process", "error"], lines, left=2)
 
 
 def server_similarity() -> str:
-    """The one-off comparison of data by number of clients."""
-    lines = [
-        [
-            f"{row['clients']:,}",
-            str(row["components"]),
-            "-" if row["exact_seconds"] is None else _seconds(row["exact_seconds"]),
-            _seconds(row["embedding_seconds"]),
+    """The one-off comparison of data by number of clients, on every processor that was measured."""
+    processors = load("server")["processors"]
+    rows: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    for processor, measured in processors.items():
+        for row in measured["similarity"]:
+            rows.setdefault((row["clients"], row["components"]), {})[processor] = row
+    lines = []
+    for (clients, components), found in rows.items():
+        times = [
+            _seconds(found[name][key]) if name in found and found[name][key] is not None else "-"
+            for key in ("exact_seconds", "embedding_seconds")
+            for name in processors
         ]
-        for row in load("server")["similarity"]
-    ]
-    return markdown(["clients", "components a class", "exact transport", "embedding"], lines, left=2)
+        lines.append([f"{clients:,}", str(components), *times])
+    header = [f"{kind}, {_short(name)}" for kind in ("exact transport", "embedding") for name in processors]
+    return markdown(["clients", "components a class", *header], lines, left=2)
+
+
+def _short(processor: str) -> str:
+    """A processor's name without its marks: the table's header is narrow."""
+    return re.sub(r"\(R\)|\(TM\)| Processor", "", processor).strip()
 
 
 def server_embedding() -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import equal_bytes
-from resumable import Row, Store, claimed, perform, same
+from resumable import Row, Store, claimed, perform, placeless, same
 from settings import TRAIN, Setting, settings
 
 from folklora.federation.run import run_name, variant
@@ -53,10 +53,11 @@ OPTIONS = (
     "fedit:fedopt=adam",
     "fedit:train.optimizer=sgd",
     "fedit:train.optimizer=sgd:scaffold=true",
-    "folklora:train.head_lr=1e-3",
 )
-"""What is published as a method and is an option of another here, and FolkLoRA with a rate of its own for the head that
-starts sketched; tuned like a method."""
+"""What is published as a method and is an option of another here; tuned like a method."""
+
+ALSO_TUNED = ("folklora:train.head_lr=1e-3",)
+"""Tuned, and run no further: validation gives FolkLoRA's core the rate that its sketched head has anyway."""
 
 AT_ONE_RANK = {"zeropad": "fedit", "replication": "fedit", "hafl": "fedit"}
 """What is another method where all clients have one rank, and is run, and tuned, only where they have not."""
@@ -155,7 +156,7 @@ class Cell:
 
     def identity(self, entry: str) -> str:
         """What the result depends on, in short: wherever the files lie."""
-        told = [_placeless(self.setting.data), self.setting.train, self.seed, entry]
+        told = [placeless(self.setting.data), self.setting.train, self.seed, entry]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -218,15 +219,11 @@ def tuning(found: Mapping[str, Setting], examples: int) -> list[Cell]:
     # Three tenths for validation: with the usual tenth, chance would choose.
     data = {**plain.data, "limit": examples, "validation": 0.3, "test_fraction": 0.05}
     setting = Setting(plain.name, data, {**plain.train, "evaluate_every": plain.train["rounds"]})
-    tuned = [method for method in (*PLAIN, *OPTIONS) if method not in NO_RATE]
+    tuned = [method for method in (*PLAIN, *OPTIONS, *ALSO_TUNED) if method not in NO_RATE]
     return [Cell("tuning", setting, TUNING_SEED, method, rate) for method in tuned for rate in grid(method)]
 
 
 # -- one run -----------------------------------------------------------------------------------------------------------
-
-
-def _placeless(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: Path(value).name if key in ("source", "test") else value for key, value in section.items()}
 
 
 @dataclass
@@ -340,7 +337,7 @@ class Bench(Store):
             "train": TRAIN,
             "lr": dict(rates),
             "examples": {name: setting.data["limit"] for name, setting in self.found.items()},
-            "settings": {name: {**_placeless(s.data), **s.train} for name, s in self.found.items()},
+            "settings": {name: {**placeless(s.data), **s.train} for name, s in self.found.items()},
             "seeds": SEEDS,
             "parts": parts,
             "equal_bytes": self.equal,

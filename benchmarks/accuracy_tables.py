@@ -13,8 +13,9 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
+
+from table_parts import NOT_RUN, Row, label, load, markdown, percent, picture
 
 from folklora.methods import METHODS as REGISTRY
 from folklora.methods.base import Method
@@ -29,27 +30,12 @@ from folklora.report.ranking import (
 )
 from folklora.report.tables import human_bytes
 
-RESULTS = Path(__file__).parent / "results"
-FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 BUDGETS = (10_000, 100_000, 500_000, 1_000_000, 5_000_000)
 BOUGHT = "fedit"
 """Whose bytes a round are those of the part *equal bytes*."""
 SOURCES = ("banking77", "snips", "goemotions")
-NOT_RUN = "*Not run yet.*\n"
 
-Row = dict[str, Any]
 Seeds = dict[int, float]
-
-
-def load(name: str) -> Any:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table whose first ``left`` columns are text and the others numbers."""
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"
 
 
 @dataclass(frozen=True)
@@ -117,22 +103,6 @@ def accuracy_results() -> Results:
 # -- cells -----------------------------------------------------------------------------------------------------------
 
 
-def label(variant: str) -> str:
-    """``celora:similarity=data`` -> ``celora `similarity=data```."""
-    method, *settings = variant.split(":")
-    return method + "".join(f" `{s.removeprefix('adapter.').removeprefix('train.')}`" for s in settings)
-
-
-def spread(values: Iterable[float], planned: int, scale: float = 100.0) -> str:
-    """Mean and standard deviation over seeds, and how many of the planned seeds where some are missing."""
-    found = list(values)
-    if not found:
-        return "-"
-    text = f"{scale * statistics.fmean(found):.1f}"
-    text += f" ± {scale * statistics.stdev(found):.1f}" if len(found) > 1 else ""
-    return text if len(found) >= planned else f"{text} ({len(found)} of {planned})"
-
-
 @dataclass(frozen=True)
 class Column:
     """One setting's accuracies, judged: who is best, who is level with the best, and what difference counts."""
@@ -170,7 +140,7 @@ def judged(
         judgement = Column.of(values)
         noise.append("-" if judgement.difference is None else f"{100 * judgement.difference:.1f}")
         for row in rows:
-            cells[row].append(judgement.mark(row, spread(values[row].values(), planned)))
+            cells[row].append(judgement.mark(row, percent(values[row].values(), planned)))
     return {row: made for row, made in cells.items() if any(cell != "-" for cell in made)}, noise
 
 
@@ -202,15 +172,6 @@ def settings() -> str:
         )
     header = ["setting", "split", "examples", "rounds", "clients in a round", "batch", "runs done"]
     return markdown(header, sorted(lines, key=lambda line: _mild_first(line[0])), left=2)
-
-
-def picture(file: str, what: str) -> Callable[[], str]:
-    """The link to a picture that `figures.py` has drawn."""
-
-    def link() -> str:
-        return f"![{what}](figures/{file}.png)\n" if (FIGURES / f"{file}.png").exists() else NOT_RUN
-
-    return link
 
 
 def accuracy(chosen: Callable[[str], bool]) -> Callable[[], str]:
@@ -300,7 +261,7 @@ def ablations() -> str:
         ran = {v: results.values(v, name) for v in variants}
         common = set.intersection(*(set(seeds) for seeds in ran.values() if seeds))
         shown[name] = {
-            v: spread([a for seed, a in seeds.items() if seed in common], results.seeds) for v, seeds in ran.items()
+            v: percent([a for seed, a in seeds.items() if seed in common], results.seeds) for v, seeds in ran.items()
         }
     lines = [[label(v), *(shown[n][v] for n in names)] for v in variants if any(shown[n][v] != "-" for n in names)]
     return markdown(["variant", *names], lines) + results.note("ablations")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from accuracy_tables import Row, load, markdown
+from table_parts import Row, load, markdown, percent
 
 from folklora.report.tables import human_bytes
 
@@ -24,7 +24,7 @@ def condensed() -> str:
             str(len(found[name])),
             *(human_bytes(_mean(found[name], f"bytes_{way}")) for way in ("up_a_round", "down_a_round", "once")),
             human_bytes(_mean(found[name], "bytes_of_a_client")),
-            *(_spread(found[name], f"accuracy_{key}") for key in ("mean", "worst_tenth")),
+            *(percent(row[f"accuracy_{key}"] for row in found[name]) for key in ("mean", "worst_tenth")),
             *(_leak(found[name], metric) for metric in ("hit", "single_hit", "summed_precision")),
         ]
         for name in order
@@ -52,13 +52,6 @@ def _tokens(rows: Sequence[Row]) -> str:
 
 def _mean(rows: Sequence[Row], key: str) -> float:
     return statistics.fmean(row[key] for row in rows)
-
-
-def _spread(rows: Sequence[Row], key: str) -> str:
-    """Percent, and ± the standard deviation over seeds."""
-    values = [100 * row[key] for row in rows]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}"
 
 
 def _leak(rows: Sequence[Row], metric: str) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from accuracy_tables import NOT_RUN, Row, load, markdown, picture
 from matplotlib.figure import Figure
+from table_parts import NOT_RUN, Row, load, markdown, picture
 
 from folklora.report.style import canvas, clean, drawing, headline
 from folklora.report.tables import human_bytes

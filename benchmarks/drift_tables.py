@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from accuracy_tables import label, load, markdown
 from matplotlib.figure import Figure
+from table_parts import Row, label, load, markdown, percent
 
 from folklora.report.style import canvas, clean, drawing, headline, percent_axis
 from folklora.report.tables import human_bytes
-
-Row = dict[str, Any]
 
 SHOWN = ("local", "fedit", "celora:similarity=data", "folklora")
 """Drawn, each with what refreshed sketches make of it as a line of the same colour."""
@@ -31,8 +28,8 @@ def drift() -> str:
             own = [row for row in here if row["variant"] == variant]
             curves = [dict(row["curves"]["drifted"]) for row in own]
             line = [setting, label(variant)]
-            line += [_percent(curve[r] for curve in curves if r in curve) for r in (change - 1, change)]
-            line += [_percent(row[group] for row in own) for group in ("drifted", "others")]
+            line += [percent(curve[r] for curve in curves if r in curve) for r in (change - 1, change)]
+            line += [percent(row[group] for row in own) for group in ("drifted", "others")]
             line.append(human_bytes(statistics.fmean(row["bytes_up"] for row in own)))
             lines.append(line)
     seeds = sorted({row["seed"] for row in rows})
@@ -42,12 +39,6 @@ def drift() -> str:
         f"{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; a row without a spread has one of them."
     )
     return markdown(header, lines, left=2) + f"\n*{note}*\n"
-
-
-def _percent(found: Iterable[float]) -> str:
-    values = [100 * value for value in found]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}" if values else "-"
 
 
 def curves() -> Figure | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from accuracy_tables import NOT_RUN, load, markdown
+from table_parts import NOT_RUN, load, markdown
 
 from folklora.report.tables import human_seconds
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from accuracy_tables import NOT_RUN, bytes_cells, label, load, markdown
+from accuracy_tables import bytes_cells
 from matplotlib.figure import Figure
+from table_parts import NOT_RUN, Row, label, load, markdown, percent
 
 from folklora.report.style import canvas, clean, drawing, headline
-
-Row = dict[str, Any]
 
 
 def experts() -> str:
@@ -33,9 +31,9 @@ def experts() -> str:
                 [
                     setting,
                     label(variant),
-                    _percent([row["accuracy_mean"] for row in own]),
-                    _percent([row["accuracy_worst_tenth"] for row in own]),
-                    _percent([row["accuracy_tuned_mean"] for row in own]),
+                    percent([row["accuracy_mean"] for row in own]),
+                    percent([row["accuracy_worst_tenth"] for row in own]),
+                    percent([row["accuracy_tuned_mean"] for row in own]),
                     f"{own[0]['lr']:g}",
                     up,
                     down,
@@ -53,11 +51,6 @@ def experts() -> str:
         f"training labels that they have in common.{partial}"
     )
     return markdown(header, lines, left=2) + f"\n*{note}*\n"
-
-
-def _percent(values: list[float]) -> str:
-    found = [100 * value for value in values]
-    return f"{statistics.fmean(found):.1f}" + (f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else "")
 
 
 def assignment() -> Figure | None:

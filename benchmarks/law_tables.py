@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from accuracy_tables import NOT_RUN, Row, load, markdown, picture
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from table_parts import NOT_RUN, Row, load, markdown, picture
 
 from folklora.report.style import Theme, canvas, clean, drawing, headline
 

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from accuracy_tables import NOT_RUN, Row, load, markdown
 from matplotlib.figure import Figure
+from table_parts import NOT_RUN, Row, load, markdown
 
 from folklora.report.style import canvas, clean, drawing, headline, percent_axis
 from folklora.report.tables import human_bytes

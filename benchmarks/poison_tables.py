@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from accuracy_tables import label, load, markdown
-
-Row = dict[str, Any]
+from table_parts import Row, label, load, markdown, percent
 
 
 def poison() -> str:
@@ -20,9 +17,9 @@ def poison() -> str:
     lines = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == variant]
-        line = [label(variant), _mean(_of(own, "none", 0.0), "honest_mean")]
-        line += [_mean(_of(own, attack, share), "honest_mean") for attack, share in cases]
-        line += [_mean(_of(own, "backdoor", share), "backdoor") for share in backdoors]
+        line = [label(variant), _percent(_of(own, "none", 0.0), "honest_mean")]
+        line += [_percent(_of(own, attack, share), "honest_mean") for attack, share in cases]
+        line += [_percent(_of(own, "backdoor", share), "backdoor") for share in backdoors]
         told = [row for row in own if row["share"] == weights and row["weight_of_liars"] is not None]
         line.append(f"{statistics.fmean(row['weight_of_liars'] for row in told):.2f}" if told else "-")
         lines.append(line)
@@ -38,10 +35,8 @@ def _of(rows: Sequence[Row], attack: str, share: float) -> list[Row]:
     return [row for row in rows if row["attack"] == attack and row["share"] == share]
 
 
-def _mean(rows: Sequence[Row], key: str) -> str:
-    values = [100 * row[key] for row in rows if row[key] is not None]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}" if values else "-"
+def _percent(rows: Sequence[Row], key: str) -> str:
+    return percent(row[key] for row in rows if row[key] is not None)
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {"poison": ("poison", poison)}

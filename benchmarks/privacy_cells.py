@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from resumable import placeless
+
 from folklora.federation.run import run_name, variant
 from folklora.privacy.attacks.observation import Knowledge
 from folklora.privacy.attacks.run import Plan
@@ -116,9 +118,7 @@ class Cell(ABC):
         """In short the recipe it rests on, without what is as by default: a key that is new since says nothing of it.
         Code is not in it: after mending an attack measure its cells `--again`."""
         document = self.recipe.model_dump(mode="json", exclude_defaults=True)
-        for section, key in (("data", "source"), ("data", "test"), ("model", "name")):  # wherever they lie
-            if isinstance(told := document.get(section, {}).get(key), str):
-                document[section][key] = Path(told).name
+        document |= {name: placeless(document[name]) for name in ("data", "model") if name in document}
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
 
     def told(self) -> dict[str, Any]:

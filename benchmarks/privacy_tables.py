@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from accuracy_tables import NOT_RUN, Row, label, load, markdown
+from table_parts import NOT_RUN, Row, decimals, label, load, markdown, percent, spread
 
 from folklora.privacy.attacks import describe
 
@@ -30,7 +30,7 @@ def of(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
-def percent(rows: Sequence[Row], metric: str) -> str:
+def share(rows: Sequence[Row], metric: str) -> str:
     """`measured`, as a percentage."""
     return measured(rows, metric, 0, 100.0)
 
@@ -42,20 +42,12 @@ def measured(rows: Sequence[Row], metric: str, digits: int, times: float = 1.0) 
         return "-"
     told = [times * m["control"] for m in found if m["control"] is not None]
     control = f" ({statistics.fmean(told):.{digits}f})" if told else ""
-    return spread([times * m["mean"] for m in found], digits) + control
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean and, of more than one, standard deviation; ``-`` of none."""
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+    return spread([times * m["mean"] for m in found], decimals(digits)) + control
 
 
 def accuracy(rows: Iterable[Row]) -> str:
     """Of runs, in percent."""
-    return spread([100 * row["row"]["accuracy_mean"] for row in rows])
+    return percent(row["row"]["accuracy_mean"] for row in rows)
 
 
 def seeds(rows: Sequence[Row]) -> str:
@@ -87,7 +79,7 @@ def by_batch(name: str, metric: str) -> Callable[[], str]:
         lines = [
             [label(v)]
             + [
-                percent(of(rows, variant=v, view=view, bases=bases, batch=batch), metric)
+                share(of(rows, variant=v, view=view, bases=bases, batch=batch), metric)
                 for view, bases in granted
                 for batch in batches
             ]
@@ -104,9 +96,7 @@ def by_steps() -> str:
     if not rows:
         return NOT_RUN
     steps = sorted({row["steps"] for row in rows})
-    lines = [
-        [label(v), *(percent(of(rows, variant=v, steps=n), "token_recall") for n in steps)] for v in variants(rows)
-    ]
+    lines = [[label(v), *(share(of(rows, variant=v, steps=n), "token_recall") for n in steps)] for v in variants(rows)]
     return markdown(["method", *(f"{n} step{'s' if n > 1 else ''}" for n in steps)], lines) + seeds(rows)
 
 
@@ -130,7 +120,7 @@ def reconstructed(name: str, shown: Sequence[tuple[str, str, int]]) -> Callable[
 
 
 def _shown(rows: Sequence[Row], metric: str, digits: int) -> str:
-    return measured(rows, metric, digits) if digits else percent(rows, metric)
+    return measured(rows, metric, digits) if digits else share(rows, metric)
 
 
 def side_by_side() -> str:
@@ -145,7 +135,7 @@ def side_by_side() -> str:
         heads, rank = int(shape["heads"]), int(shape["adapter.rank"])
         whole = round((heads * rank**2) ** 0.5)
         alike = [row for row in one if row["variant"].startswith(f"folklora:adapter.rank={whole}:")]
-        told = [percent(of(rows, batch=b), "token_recall") for rows in (alike, of(several, variant=v)) for b in batches]
+        told = [share(of(rows, batch=b), "token_recall") for rows in (alike, of(several, variant=v)) for b in batches]
         lines.append([str(heads * rank**2), f"{whole}", f"{heads} x {rank}", *told])
     header = ["numbers a layer", "folklora, rank", "ravan, heads x rank"]
     header += [f"{name}, batch {b}" for name in ("folklora", "ravan") for b in batches]
@@ -161,8 +151,8 @@ def every_method() -> str:
     lines = [
         [
             label(v),
-            *(percent(of(rows, variant=v, view=view, bases=bases), "token_recall") for view, bases in GRANTED),
-            percent(of(part("canary"), variant=v), "canary_recall"),
+            *(share(of(rows, variant=v, view=view, bases=bases), "token_recall") for view, bases in GRANTED),
+            share(of(part("canary"), variant=v), "canary_recall"),
             accuracy(of(reached, variant=v)),
         ]
         for v in variants(rows)
@@ -192,7 +182,7 @@ def inference() -> str:
     lines = [
         [
             label(v),
-            *(percent([r for r in of(rows, variant=v) if r["part"] in named[name]], m) for name, m, _ in told),
+            *(share([r for r in of(rows, variant=v) if r["part"] in named[name]], m) for name, m, _ in told),
         ]
         for v in variants(rows)
     ]
@@ -211,7 +201,7 @@ def first_gradient() -> str:
         shown = [victim for row in found for victim in row["victims"] if "pairs" in victim]
         counted = ([victim[key] for victim in shown] for key in ("pairs", "dimensions"))
         sizes = [f"{statistics.fmean(each):.0f}" if each else "-" for each in counted]
-        cells = [percent(found, metric) for metric in ("word_recall", "word_precision", "pair_recall")]
+        cells = [share(found, metric) for metric in ("word_recall", "word_precision", "pair_recall")]
         lines.append([told["gradient_examples"], told.get("message.dtype", "float32"), *sizes, *cells])
     header = ["examples in it", "as", "tokens at their places", "dimensions of 384"]
     header += ["words told, %", "right of what is told, %", "told at their places, %"]
@@ -259,7 +249,7 @@ def _epsilons(rows: Sequence[Row], attacked: Sequence[Row]) -> str:
         for each in asked[1:]:
             found = [r for r in attacked if _plain(r["variant"]) == method and _epsilon(r["variant"]) == each]
             if attacked:
-                line.append(percent(found, "token_recall") if found else "-")
+                line.append(share(found, "token_recall") if found else "-")
         lines.append(line)
     header = ["method", *("no noise" if e == NONE else f"epsilon {e:g}" for e in asked)]
     header += [f"tokens told at epsilon {e:g}, %" for e in asked[1:]] if attacked else []

@@ -36,13 +36,14 @@ class Labelled(Protocol):
 Cell = TypeVar("Cell", bound=Labelled)
 
 
+def placeless(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's section with the names of its files, wherever they lie."""
+    return {k: Path(v).name if k in ("source", "test", "name") and v else v for k, v in section.items()}
+
+
 def same(one: Recipe, other: Recipe) -> bool:
     """The same run, wherever its files lie."""
-    a, b = one.model_dump(), other.model_dump()
-    for document in (a, b):
-        document["data"] = {
-            k: Path(v).name if k in ("source", "test") and v else v for k, v in document["data"].items()
-        }
+    a, b = ({**recipe.model_dump(), "data": placeless(recipe.data.model_dump())} for recipe in (one, other))
     return a == b
 
 

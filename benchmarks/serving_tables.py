@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from accuracy_tables import NOT_RUN, load, markdown
 from matplotlib.figure import Figure
+from table_parts import NOT_RUN, load, markdown
 
 from folklora.report.style import canvas, clean, drawing, headline
 

@@ -27,7 +27,7 @@ import quality_tables
 import serving_tables
 import shots_tables
 import task_tables
-from accuracy_tables import load, markdown
+from table_parts import load, markdown
 
 from folklora.federation.traffic import describe_methods
 from folklora.report.tables import human_bytes

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from accuracy_tables import COUNTS, NOT_RUN, Column, Row, bytes_cells, label, load, markdown
+from accuracy_tables import COUNTS, Column, bytes_cells
+from table_parts import NOT_RUN, Row, label, load, markdown, spread
 
-from folklora.backbones.metric import KNOWN, Metric, metric_of
+from folklora.backbones.metric import KNOWN, metric_of
 
 SIGNS = {"local:train.rounds=0": "*checkpoint as it is*"}
-
-
-def spread(values: Iterable[float], metric: Metric, planned: int) -> str:
-    """Mean and standard deviation over seeds, in the metric's own form, and how many seeds where some are missing."""
-    found = list(values)
-    if not found:
-        return "-"
-    text = metric.number(statistics.fmean(found))
-    text += f" ± {metric.number(statistics.stdev(found))}" if len(found) > 1 else ""
-    return text if len(found) >= planned else f"{text} ({len(found)} of {planned})"
 
 
 def task(name: str) -> Callable[[], str]:
@@ -43,9 +33,9 @@ def task(name: str) -> Callable[[], str]:
         for variant, found in of.items():
             if not found:
                 continue
-            shown = judged.mark(variant, spread((row[f"{metric.name}_mean"] for row in found), metric, planned))
-            worst = spread((row[f"{metric.name}_worst_tenth"] for row in found), metric, planned)
-            more = [spread((row[f"{m.name}_mean"] for row in found), m, planned) for m in besides]
+            shown = judged.mark(variant, spread((row[f"{metric.name}_mean"] for row in found), metric.number, planned))
+            worst = spread((row[f"{metric.name}_worst_tenth"] for row in found), metric.number, planned)
+            more = [spread((row[f"{m.name}_mean"] for row in found), m.number, planned) for m in besides]
             rate = "-" if variant in SIGNS else f"{found[0]['lr']:g}"
             lines.append([SIGNS.get(variant) or label(variant), shown, worst, *more, rate, *bytes_cells(found)])
         counts = "-" if judged.difference is None else metric.number(judged.difference)

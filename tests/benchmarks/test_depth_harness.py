@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accuracy_tables
 import depth
 import depth_tables
 import pytest
+import table_parts
 
 from folklora.federation.rescoring import evaluate
 from folklora.federation.run import read_summary
@@ -41,7 +41,7 @@ def play(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.
         ("VARIANTS", depth.VARIANTS[:2]),
     ):
         monkeypatch.setattr(depth, name, value)
-    monkeypatch.setattr(accuracy_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(table_parts, "RESULTS", tmp_path)
 
     def run(*given: str) -> dict[str, Any]:
         base = ["depth.py", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--threads", "1"]
@@ -92,7 +92,7 @@ def test_times_are_ratios_to_all_steps(play: Play) -> None:
 
 
 def test_nothing_is_shown_of_what_was_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accuracy_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(table_parts, "RESULTS", tmp_path)
     for made in (depth_tables.accuracy("fedit"), depth_tables.times, depth_tables.backbone):
         assert "Not run yet" in made()
     assert depth_tables.trade() is None

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import accuracy_tables
 import drift
 import drift_tables
 import pytest
+import table_parts
 from resumable import Store
 
 CELL = drift.Cell(drift.SETTINGS[0], "folklora", 0)
@@ -49,7 +49,7 @@ def test_runs_on_the_disk_become_a_table_and_a_picture(tmp_path: Path, monkeypat
     document: dict[str, Any] = store.load("drift")
     assert [(row["variant"], row["seed"]) for row in document["rows"]] == [(names[0], 0), (names[0], 1), (names[1], 0)]
     store.write("drift", {**document, "change": 2})
-    monkeypatch.setattr(accuracy_tables, "RESULTS", store.results)
+    monkeypatch.setattr(table_parts, "RESULTS", store.results)
     table = drift_tables.drift()
     lines = table.splitlines()
     assert "| folklora | 10.0 ± 0.0 | 20.0 ± 0.0 | 80.0 ± 14.1 | 60.0 ± 0.0 |" in lines[2]

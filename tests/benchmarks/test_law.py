@@ -7,11 +7,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import accuracy_tables
 import law
 import law_tables
 import numpy as np
 import pytest
+import table_parts
 from scipy.special import expit
 
 LEVELS = ((1, 2, 4, 8), (16, 32, 64, 128), (0.25, 0.5, 1.0))
@@ -70,9 +70,9 @@ def test_the_published_fit_finds_another_d_from_every_start() -> None:
 
 
 def test_tables_are_made_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(accuracy_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(table_parts, "RESULTS", tmp_path)
     for table in (name for name in law_tables.TABLES if name not in ("law-predicted", "law-surface")):
-        assert law_tables.TABLES[table][1]() == accuracy_tables.NOT_RUN
+        assert law_tables.TABLES[table][1]() == table_parts.NOT_RUN
     given = rows(1)
     grid = law.fitted(given, "badges", "accuracy", "width", [1e5 * row["share"] for row in given])
     document = {"grids": [grid], "data": [], "entropy": [], "published": {"badges": law.published(given, "accuracy")}}
@@ -82,5 +82,5 @@ def test_tables_are_made_of_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "48 of 48 cells, 1 seed; the largest: fitted to 18 runs, asked about 30" in shown
     assert shown.count("**") == 6  # the least of each column
     assert f"{100 * grid['corner']['test']:.2f}" in law_tables.TABLES["law-corners"][1]()
-    assert law_tables.TABLES["law-adapters"][1]() == accuracy_tables.NOT_RUN
+    assert law_tables.TABLES["law-adapters"][1]() == table_parts.NOT_RUN
     assert law_tables.TABLES["law-published"][1]().count("badges") == 3

@@ -9,11 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import accuracy_tables
 import newcomers
 import newcomers_tables
 import numpy as np
 import pytest
+import table_parts
 
 from folklora.federation.run import run
 from folklora.federation.sampling import newcomers as late
@@ -64,7 +64,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     found.play = play
     monkeypatch.setattr(newcomers, "perform", perform)
     monkeypatch.setattr(newcomers, "train_at_home", train_at_home)
-    monkeypatch.setattr(accuracy_tables, "RESULTS", found.results)
+    monkeypatch.setattr(table_parts, "RESULTS", found.results)
     return found
 
 
@@ -104,7 +104,7 @@ def test_the_table_pairs_newcomers_with_themselves(bench: SimpleNamespace) -> No
     assert "+30.0 (+30.0 to +30.0)" in line
     assert "1.50 KB" in line
     assert "6 newcomers" in text
-    assert newcomers_tables.table("snips dirichlet 0.1")() == accuracy_tables.NOT_RUN
+    assert newcomers_tables.table("snips dirichlet 0.1")() == table_parts.NOT_RUN
     assert newcomers_tables.starts() is not None
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import accuracy_tables
 import privacy
 import privacy_cells
 import privacy_figures
 import privacy_tables
 import pytest
+import table_parts
 
 from folklora.errors import AttackError
 from folklora.methods import METHODS
@@ -74,7 +74,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     found.run = run
     monkeypatch.setattr(privacy, "attack", attack)
     monkeypatch.setattr(privacy, "perform", perform)
-    monkeypatch.setattr(accuracy_tables, "RESULTS", found.results)
+    monkeypatch.setattr(table_parts, "RESULTS", found.results)
     return found
 
 
@@ -209,12 +209,12 @@ def test_sentences_are_quoted_so_that_a_table_holds_them() -> None:
 
 def test_several_seeds_show_their_spread() -> None:
     rows = [{"metrics": {"found": {"mean": mean, "control": control}}} for mean, control in ((0.5, 0.0), (1.0, 0.1))]
-    assert privacy_tables.percent(rows, "found") == "75 ± 35 (5)"
+    assert privacy_tables.share(rows, "found") == "75 ± 35 (5)"
     assert privacy_tables.measured(rows, "found", 2) == "0.75 ± 0.35 (0.05)"
-    assert privacy_tables.percent(rows[:1], "found") == "50 (0)"
-    assert privacy_tables.percent(rows, "other") == "-"
+    assert privacy_tables.share(rows[:1], "found") == "50 (0)"
+    assert privacy_tables.share(rows, "other") == "-"
 
 
 def test_nothing_measured_is_said(bench: SimpleNamespace) -> None:
-    assert all(accuracy_tables.NOT_RUN in table() for _, table in privacy_tables.TABLES.values())
+    assert all(table_parts.NOT_RUN in table() for _, table in privacy_tables.TABLES.values())
     assert all(draw() is None for draw in privacy_figures.PICTURES.values())

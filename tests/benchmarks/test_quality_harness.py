@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import accuracy_tables
 import numpy as np
 import pytest
 import quality
 import quality_tables
+import table_parts
 from sklearn.metrics import roc_auc_score
 
 from folklora.data.audit.quality import regularities, regularity_of_blocks
@@ -133,7 +133,7 @@ def test_the_page_says_what_the_rows_say(bench: Bench, monkeypatch: pytest.Monke
     bench.run("--seeds", "2", "--audit-seeds", "0")
     file = bench.folder / "quality.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "audits": audits}))
-    monkeypatch.setattr(accuracy_tables, "RESULTS", bench.folder)
+    monkeypatch.setattr(table_parts, "RESULTS", bench.folder)
     table = quality_tables.auc("banking77")()
     assert "| random words | 50% | 0.90 ± 0.10 |" in table
     assert "| - |" in table
@@ -146,7 +146,7 @@ def test_the_page_says_what_the_rows_say(bench: Bench, monkeypatch: pytest.Monke
 
 
 def test_nothing_is_shown_of_what_was_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accuracy_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(table_parts, "RESULTS", tmp_path)
     assert "Not run yet" in quality_tables.auc("snips")()
     assert "Not run yet" in quality_tables.runs()
     assert quality_tables.measured() is None

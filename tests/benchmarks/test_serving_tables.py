@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import accuracy_tables
 import numpy as np
 import pytest
 import serving
 import serving_tables
+import table_parts
 
 
 def spread(median: float) -> dict[str, float]:
@@ -46,7 +46,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "validation_accuracy": {"float32": 0.9, "bfloat16": 0.895},
     }
     (tmp_path / "serving.json").write_text(json.dumps(document))
-    monkeypatch.setattr(accuracy_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(table_parts, "RESULTS", tmp_path)
 
 
 @pytest.mark.usefixtures("measured")
@@ -67,8 +67,8 @@ def test_the_page_says_what_was_measured() -> None:
 
 
 def test_nothing_is_measured_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accuracy_tables, "RESULTS", tmp_path)
-    assert all(made() == accuracy_tables.NOT_RUN for _, made in serving_tables.TABLES.values())
+    monkeypatch.setattr(table_parts, "RESULTS", tmp_path)
+    assert all(made() == table_parts.NOT_RUN for _, made in serving_tables.TABLES.values())
     assert serving_tables.speeds() is None
 
 

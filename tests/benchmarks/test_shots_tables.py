@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import accuracy_tables
 import numpy as np
 import pytest
 import shots_tables
+import table_parts
 
 KINDS = ("none", "gaussian", "sketch", "gan", "auto")
 
@@ -52,7 +52,7 @@ def test_the_page_says_what_the_rows_say(tmp_path: Path, monkeypatch: pytest.Mon
 
     document = {"seeds": 10, "rows": [*rows(2, 4, 0.5), *rows(2, 4, 0.5, shots=5)]}
     (tmp_path / "shots.json").write_text(json.dumps(document))
-    monkeypatch.setattr(accuracy_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(table_parts, "RESULTS", tmp_path)
     table = shots_tables.accuracy("banking77")()
     assert "| added | 1 shot | 5 shots |" in table
     assert "*Partial: 2, 2 of 10 seeds.*" in table
@@ -62,7 +62,7 @@ def test_the_page_says_what_the_rows_say(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_nothing_is_shown_of_what_was_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accuracy_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(table_parts, "RESULTS", tmp_path)
     assert "Not run yet" in shots_tables.accuracy("snips")()
     assert "Not run yet" in shots_tables.choices()
     assert shots_tables.differences() is None

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import accuracy_tables
 import pytest
+import table_parts
 import task_tables
 import tasks
 
@@ -154,7 +154,7 @@ def test_a_missing_checkpoint_is_named(bench: SimpleNamespace) -> None:
 
 def test_the_table_marks_the_lowest_loss(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.run()
-    monkeypatch.setattr(accuracy_tables, "RESULTS", bench.results)
+    monkeypatch.setattr(table_parts, "RESULTS", bench.results)
     lines = task_tables.task("few")().splitlines()
     cells = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[1] for line in lines[2:]}
     assert cells["celora"] == "**1.010 ± 0.010**"

@@ -12,7 +12,7 @@ first, so a partial table is worth reading.
 Any number of processes can share ``--runs``: each run is claimed by one of them, and the results are collected from
 disk, so nothing is run twice and nothing is lost. Kill it at any time; what is finished is reused, what was begun goes
 on where it stood. Learning rates are chosen on validation data with a seed of their own, from the same grid for every
-method (``--tune``); test data is read once, at the end of each run.
+method, in a mild setting and in the most severe one (``--tune``); test data is read once, at the end of each run.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ from folklora.report.tables import human_seconds
 RESULTS = Path(__file__).parent / "results"
 SEEDS = 3
 TUNING_SEED = 100
-TUNING_SETTING = "banking77 dirichlet 0.5"
+TUNING_SETTINGS = ("banking77 dirichlet 0.5", "banking77 disjoint labels")
+"""One where clients have much in common, one where no label is in two hands: the rate with the best mean of both."""
 TUNING_EXAMPLES = 800
+HOPELESS = 0.5
+"""A rate that reaches less than this share of its method's best in the first setting is not tried in the second."""
 GRID = ("1e-3", "3e-3", "1e-2", "3e-2", "1e-1")
 SGD_GRID = ("3e-2", "1e-1", "3e-1", "1e0", "3e0")
 """Plain gradients are not brought to one size as AdamW's are: as many rates, half a decade apart too."""
@@ -201,6 +204,9 @@ def plan(found: Mapping[str, Setting], equal: Mapping[str, Mapping[str, str]]) -
     return cells
 
 
+TUNED = tuple(variant for variant in (*PLAIN, *OPTIONS, *ALSO_TUNED) if variant not in NO_RATE)
+
+
 def grid(variant: str) -> tuple[str, ...]:
     return SGD_GRID if "train.optimizer=sgd" in variant else GRID
 
@@ -213,14 +219,45 @@ def priced(setting: Setting) -> list[Cell]:
     ]
 
 
-def tuning(found: Mapping[str, Setting], examples: int) -> list[Cell]:
-    """The runs that choose the learning rates."""
-    plain = found[TUNING_SETTING]
-    # Three tenths for validation: with the usual tenth, chance would choose.
-    data = {**plain.data, "limit": examples, "validation": 0.3, "test_fraction": 0.05}
-    setting = Setting(plain.name, data, {**plain.train, "evaluate_every": plain.train["rounds"]})
-    tuned = [method for method in (*PLAIN, *OPTIONS, *ALSO_TUNED) if method not in NO_RATE]
-    return [Cell("tuning", setting, TUNING_SEED, method, rate) for method in tuned for rate in grid(method)]
+Scores = Mapping[str, Mapping[str, float]]
+"""Setting -> ``variant rate`` -> validation accuracy."""
+
+
+def tuning(found: Mapping[str, Setting], examples: int, scores: Scores) -> list[Cell]:
+    """The runs that choose the learning rates; those of the second setting as soon as the first has said which."""
+    cells = []
+    for name in TUNING_SETTINGS:
+        plain = found[name]
+        # Three tenths for validation: with the usual tenth, chance would choose.
+        data = {**plain.data, "limit": examples, "validation": 0.3, "test_fraction": 0.05}
+        setting = Setting(plain.name, data, {**plain.train, "evaluate_every": plain.train["rounds"]})
+        for method in TUNED:
+            rates = grid(method) if name == TUNING_SETTINGS[0] else promising(method, scores)
+            cells += [Cell("tuning", setting, TUNING_SEED, method, rate) for rate in rates]
+    return cells
+
+
+def tried(method: str, rates: Iterable[str], setting: str, scores: Scores) -> dict[str, float]:
+    """Rate -> score, of those rates that were tried in the setting."""
+    found = {rate: scores.get(setting, {}).get(f"{method} {rate}") for rate in rates}
+    return {rate: score for rate, score in found.items() if score is not None}
+
+
+def promising(method: str, scores: Scores) -> tuple[str, ...]:
+    """The rates that the first setting leaves; none until all of them were tried there."""
+    known = tried(method, grid(method), TUNING_SETTINGS[0], scores)
+    if len(known) < len(grid(method)):
+        return ()
+    return tuple(rate for rate, score in known.items() if score >= HOPELESS * max(known.values()))
+
+
+def chosen_rate(method: str, scores: Scores) -> str | None:
+    """The rate whose mean over the settings is best; None until all promising ones were tried everywhere."""
+    rates = promising(method, scores)
+    known = [tried(method, rates, setting, scores) for setting in TUNING_SETTINGS]
+    if not rates or any(len(each) < len(rates) for each in known):
+        return None
+    return max(rates, key=lambda rate: sum(each[rate] for each in known))
 
 
 # -- one run -----------------------------------------------------------------------------------------------------------
@@ -243,9 +280,10 @@ class Bench(Store):
         self.tuned = self._tuning()
 
     def _tuning(self) -> dict[str, Any]:
-        """Nothing, if it was made with another seed or other examples."""
+        """Nothing, if it was made with another seed, other examples or other settings."""
         found = self.load("tuning")
-        return found if (found.get("seed"), found.get("examples")) == (TUNING_SEED, self.examples) else {}
+        made = tuple(found.get(key) for key in ("seed", "examples", "settings"))
+        return found if made == (TUNING_SEED, self.examples, list(TUNING_SETTINGS)) else {}
 
     def _hold(self) -> None:
         self.before = self.load("accuracy")
@@ -257,23 +295,24 @@ class Bench(Store):
         chosen: dict[str, str] = self.load("tuning").get("chosen", {})
         return chosen
 
+    def tuning_cells(self) -> list[Cell]:
+        return tuning(self.found, self.examples, self.tuned.get("validation", {}))
+
     def collect_tuning(self) -> None:
-        """Validation accuracy by method and rate, and the best rate of every method whose grid is complete."""
+        """Validation accuracy by setting, method and rate, and the best rate of every method that has been tried."""
         with self.locked():
             before = self.tuned = self._tuning()
-            scores: dict[str, float] = dict(before.get("validation", {}))
+            scores = {name: dict(before.get("validation", {}).get(name, {})) for name in TUNING_SETTINGS}
             chosen: dict[str, str] = dict(before.get("chosen", {}))
-            cells = tuning(self.found, self.examples)
-            for cell in cells:
-                entry = cell.entry({})
-                if entry is not None and (row := self.finished(cell, entry)) is not None:
-                    scores[f"{cell.variant} {cell.rate}"] = row["validation_mean"]
-            for variant in dict.fromkeys(cell.variant for cell in cells):
-                rates = grid(variant)
-                if all(f"{variant} {rate}" in scores for rate in rates):
-                    chosen[variant] = max(rates, key=lambda rate: scores[f"{variant} {rate}"])
-            document = {"grid": GRID, "sgd_grid": SGD_GRID, "seed": TUNING_SEED, "examples": self.examples}
-            self.write("tuning", {**document, "validation": scores, "chosen": chosen})
+            for name in TUNING_SETTINGS:  # the first says what is asked of the second
+                for cell in tuning(self.found, self.examples, scores):
+                    entry = cell.entry({})
+                    if cell.setting.name == name and entry and (row := self.finished(cell, entry)) is not None:
+                        scores[name][f"{cell.variant} {cell.rate}"] = row["validation_mean"]
+            chosen |= {variant: rate for variant in TUNED if (rate := chosen_rate(variant, scores)) is not None}
+            made = {"seed": TUNING_SEED, "examples": self.examples, "settings": list(TUNING_SETTINGS)}
+            self.tuned = {"grid": GRID, "sgd_grid": SGD_GRID, **made, "validation": scores, "chosen": chosen}
+            self.write("tuning", self.tuned)
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
@@ -292,7 +331,7 @@ class Bench(Store):
 
     def _collected(self, cell: Cell, entry: str) -> Row | None:
         if cell.part == "tuning":
-            score = self.tuned.get("validation", {}).get(f"{cell.variant} {cell.rate}")
+            score = self.tuned.get("validation", {}).get(cell.setting.name, {}).get(f"{cell.variant} {cell.rate}")
             return None if score is None else {"validation_mean": score}
         row = self.held.get(cell.key)
         return row if row is not None and holds(row, cell, entry, self.before["settings"]) else None
@@ -528,16 +567,20 @@ def main() -> None:
     found = {name: setting.shortened(arguments.limit, arguments.rounds) for name, setting in found.items()}
     bench = Bench(runs, arguments.results, found, min(TUNING_EXAMPLES, arguments.limit or TUNING_EXAMPLES))
     filters = (arguments.only, arguments.seed, arguments.method)
-    rates = filtered(tuning(found, bench.examples), "", "", arguments.method) if arguments.tune else []
     bench.collect_tuning()
+
+    def rates() -> list[Cell]:
+        return filtered(bench.tuning_cells(), "", "", arguments.method) if arguments.tune else []
+
     pace = Pace(bench.collect(write=not arguments.list))
     failed: dict[str, str] = {}
     if not (arguments.list or arguments.collect):
-        failed = work(bench, rates, pace)
+        for _ in TUNING_SETTINGS:  # what is asked of the second is known after the first
+            failed |= work(bench, rates(), pace)
         failed |= bench.price(name for name in found if filtered(priced(found[name]), *filters[:2], ""))
         failed |= work(bench, filtered(plan(found, bench.equal), *filters), pace)
         bench.collect()
-    cells = [*rates, *filtered(plan(found, bench.equal), *filters)]
+    cells = [*rates(), *filtered(plan(found, bench.equal), *filters)]
     for line in listed(bench, cells, pace):
         print(line, file=sys.stderr)
     for name, reason in failed.items():

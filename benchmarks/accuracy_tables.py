@@ -270,16 +270,17 @@ def ablations() -> str:
 def tuning() -> str:
     """Validation accuracy by learning rate; methods that train by plain gradients have rates of their own."""
     document = load("tuning")
-    found: dict[str, dict[str, float]] = {}
-    for key, value in document["validation"].items():
-        variant, _, rate = key.rpartition(" ")
-        found.setdefault(variant, {})[rate] = value
+    found: dict[str, dict[str, list[str]]] = {}
+    for scores in document["validation"].values():
+        for key, value in scores.items():
+            variant, _, rate = key.rpartition(" ")
+            found.setdefault(variant, {}).setdefault(rate, []).append(f"{100 * value:.1f}")
     made = []
     for rates in (document["grid"], document.get("sgd_grid", ())):
         lines = [
             [
                 label(variant),
-                *(f"{100 * scores[rate]:.1f}" if rate in scores else "-" for rate in rates),
+                *(" / ".join(scores.get(rate, ["-"])) for rate in rates),
                 document["chosen"].get(variant, "-"),
             ]
             for variant, scores in found.items()

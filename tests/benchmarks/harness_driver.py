@@ -32,7 +32,8 @@ def bench(runs: Path, results: Path) -> accuracy.Bench:
     """Over Banking77 alone, with a rate for every method."""
     results.mkdir(parents=True, exist_ok=True)
     tuned = dict.fromkeys((*accuracy.PLAIN, *accuracy.OPTIONS), "1e-2")
-    tuning = {"seed": accuracy.TUNING_SEED, "examples": accuracy.TUNING_EXAMPLES, "validation": {}, "chosen": tuned}
+    made = {"seed": accuracy.TUNING_SEED, "examples": accuracy.TUNING_EXAMPLES}
+    tuning = {**made, "settings": list(accuracy.TUNING_SETTINGS), "validation": {}, "chosen": tuned}
     if not (results / "tuning.json").exists():
         (results / "tuning.json").write_text(json.dumps(tuning))
     return accuracy.Bench(runs, results, settings(runs / "no-data", runs))

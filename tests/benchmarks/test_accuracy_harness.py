@@ -116,7 +116,7 @@ def test_folders_are_those_of_earlier_runs(bench: accuracy.Bench) -> None:
     assert entry is not None
     expected = "banking77-dirichlet-0.5/folklora__adapter.rank=64__adapter.alpha=128__train.lr=3e-3-s0"
     assert cell.folder(Path("runs"), entry) == Path("runs") / expected
-    first = accuracy.tuning(bench.found, 800)[0]
+    first = accuracy.tuning(bench.found, 800, {})[0]
     assert first.folder(Path("runs"), first.entry({}) or "").parent == Path("runs/tuning/banking77-dirichlet-0.5")
 
 
@@ -152,10 +152,12 @@ def test_what_was_collected_is_not_run_again_where_its_runs_are_gone(
     bench: accuracy.Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = cells_of(bench, method="fedit,celora")
-    tuned = [cell for cell in accuracy.tuning(bench.found, bench.examples) if cell.variant == "celora"]
-    for cell in (*cells, *tuned):
-        leave(bench, cell)
-    bench.collect_tuning()
+    for _ in accuracy.TUNING_SETTINGS:
+        tuned = [cell for cell in bench.tuning_cells() if cell.variant == "celora"]
+        for cell in (*cells, *tuned):
+            leave(bench, cell)
+        bench.collect_tuning()
+    assert {cell.setting.name for cell in tuned} == set(accuracy.TUNING_SETTINGS)
     for cell in cells:
         leave(bench, cell)  # at the rate that is chosen now
     bench.collect()
@@ -197,17 +199,28 @@ def test_a_run_is_the_same_wherever_its_files_lie() -> None:
 def test_a_rate_is_chosen_when_its_methods_grid_is_complete_and_the_earlier_choice_stands_until_then(
     bench: accuracy.Bench,
 ) -> None:
-    cells = [cell for cell in accuracy.tuning(bench.found, bench.examples) if cell.variant == "celora"]
-    for cell, score in zip(cells[:-1], (0.1, 0.2, 0.3, 0.4), strict=True):
-        path = leave(bench, cell)
-        row = json.loads((path / "summary.json").read_text())["row"]
-        (path / "summary.json").write_text(json.dumps({"row": {**row, "validation_mean": score}}))
-    bench.collect_tuning()
-    assert bench.rates()["celora"] == "1e-2"
-    leave(bench, cells[-1])  # the last rate of the grid: 0.5
-    bench.collect_tuning()
-    assert bench.rates()["celora"] == accuracy.GRID[-1]
-    assert bench.load("tuning")["validation"]["celora 1e-3"] == 0.1
+    def reach(setting: str, **scores: float) -> None:
+        for cell in bench.tuning_cells():
+            if cell.variant == "celora" and cell.setting.name == setting and cell.rate in scores:
+                path = leave(bench, cell)
+                row = json.loads((path / "summary.json").read_text())["row"]
+                (path / "summary.json").write_text(json.dumps({"row": {**row, "validation_mean": scores[cell.rate]}}))
+        bench.collect_tuning()
+
+    def asked() -> list[str | None]:
+        second = (cell for cell in bench.tuning_cells() if cell.setting.name == accuracy.TUNING_SETTINGS[1])
+        return [cell.rate for cell in second if cell.variant == "celora"]
+
+    mild, severe = accuracy.TUNING_SETTINGS
+    reach(mild, **{"1e-3": 0.1, "3e-3": 0.3, "1e-2": 0.4, "3e-2": 0.35})
+    assert asked() == []  # not before the first setting has spoken
+    reach(mild, **{"1e-1": 0.19})
+    assert asked() == ["3e-3", "1e-2", "3e-2"]  # the others reached less than half of the best
+    reach(severe, **{"3e-3": 0.5, "1e-2": 0.6})
+    assert bench.rates()["celora"] == "1e-2"  # what was chosen before
+    reach(severe, **{"3e-2": 0.7})
+    assert bench.rates()["celora"] == "3e-2"  # best on average, first in one setting only
+    assert bench.load("tuning")["validation"][severe]["celora 3e-3"] == 0.5
 
 
 def test_remaining_time_follows_the_setting_and_this_process() -> None:

@@ -357,6 +357,25 @@ def test_a_rank_schedule_that_cannot_be_is_one_line(adapter: dict[str, Any], par
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("train", "parts"),
+    [
+        ({"lr": 1e-42, "head_lr": 1e-2}, ["train: head_lr = 0.01 with lr = 1e-42; allowed: at most a million times"]),
+        ({"lr": 1.0, "head_lr": 1e-7}, ["train: head_lr = 1e-07 with lr = 1;"]),
+        (
+            {"rounds": 3, "evaluate_every": 3},
+            ["adapter.promote with train.rounds = 3 and evaluate_every = 3; allowed:"],
+        ),
+    ],
+)
+def test_trainings_that_cannot_be_are_refused(train: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse({"train": train, "method": {"name": "zeropad"}, "adapter": {"rank": 2, "promote": 4}})
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def device_ranks(clients: list[str], seed: int = 0, **adapter: Any) -> dict[str, int]:
     recipe = Recipe.parse({"seed": seed, "data": {"clients": len(clients)}, "adapter": adapter})
     assert Recipe.parse(tomllib.loads(recipe.to_toml())) == recipe
@@ -364,7 +383,7 @@ def device_ranks(clients: list[str], seed: int = 0, **adapter: Any) -> dict[str,
 
 
 @given(
-    st.integers(1, 60),
+    st.integers(60, 120),
     st.lists(st.integers(1, 9), min_size=1, max_size=5),
     st.integers(0, 10**6),
 )
@@ -380,6 +399,14 @@ def test_device_classes_have_their_shares_rounded(count: int, parts: list[int], 
     sizes = [sum(r == rank for r in equal.values()) for rank in ranks]
     assert sum(sizes) == count
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("shares", [None, [0.45, 0.45, 0.1]])
+def test_a_device_class_that_gets_nobody_is_refused(shares: list[float] | None) -> None:
+    clients = ["ann", "bob", "cem"] if shares else ["ann", "bob"]
+    with pytest.raises(RecipeError) as caught:
+        device_ranks(clients, device_ranks=[2, 4, 8], device_shares=shares)
+    assert str(caught.value).startswith(f"adapter.device_ranks: of {len(clients)} clients nobody is in the class of 8;")
 
 
 def test_device_classes_follow_from_the_seed_and_the_ids() -> None:

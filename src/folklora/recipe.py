@@ -127,6 +127,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _promotion_comes_before_the_end(self) -> Recipe:
+        if self.adapter.promote is not None and self.train.rounds <= self.train.evaluate_every:
+            raise ValueError(
+                f"adapter.promote with train.rounds = {self.train.rounds} and evaluate_every = "
+                f"{self.train.evaluate_every}; allowed: rounds after the first validation"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _faults_are_simulated(self) -> Recipe:
         simulated = {f"faults.{name}": share for name, share in self.faults} | {"train.failures": self.train.failures}
         simulated["poison.share"] = self.poison.share

@@ -204,6 +204,14 @@ class TrainSection(Section):
             raise ValueError(f'cohort = {self.cohort}; allowed: "auto" or a number >= 1')
         return self
 
+    @model_validator(mode="after")
+    def _rates_are_of_one_kind(self) -> TrainSection:
+        if not 1e-6 <= self.head_rate <= 1e6:
+            raise ValueError(
+                f"head_lr = {self.head_lr:g} with lr = {self.lr:g}; allowed: at most a million times apart"
+            )
+        return self
+
     @property
     def head_rate(self) -> float:
         """Multiplies the learning rate where the task's own head is trained."""

@@ -17,6 +17,7 @@ from folklora.federation.run import client_model, run
 from folklora.federation.rundir import RunDirectory
 from folklora.methods import build, check_options
 from folklora.methods.apfl import LEAST
+from folklora.methods.work import Trained
 
 LR = 0.05  # of `Federation.descend`
 
@@ -170,3 +171,20 @@ def test_real_runs_at_both_ends(tiny_recipe: Callable[..., Any], tmp_path: Path)
     for client, name in checkpoint.clients.items():
         alone = group(local.tensors(checkpoint, name), "model/")
         assert same(client_model(tmp_path / "all", client).tensors, alone)
+
+
+def test_the_share_is_the_same_to_the_bit_in_whichever_order_tensors_come(federation: Callable[..., Any]) -> None:
+    """A client's record is read back in another order than it was written in."""
+    fed = federation("apfl", {"adaptive": True}, ranks=(4, 4), optimizer="sgd").begin()
+    ann, random = fed.clients["ann"], torch.Generator().manual_seed(0)
+    for _ in range(30):
+        w, v, way = ({n: torch.randn(t.shape, generator=random) for n, t in ann.tensors.items()} for _ in range(3))
+        shares = []
+        for names in (list(w), list(reversed(w))):
+            ann.tensors = {name: w[name] for name in names}
+            ann.notes = {f"personal/{name}": v[name] for name in names}
+            after = {name: tensor - 2e-2 * way[name] for name, tensor in fed.method.model(ann).items()}
+            common = Trained(ann.tensors, 1.0, 1, 0.1)
+            fed.method.learned(1, ann, {"": common, "personal": Trained(after, 1.0, 1, 0.1)})
+            shares.append(float(ann.notes["alpha"]))
+        assert shares[0] == shares[1]

@@ -372,3 +372,9 @@ def test_a_rate_for_a_head_that_is_not_there_is_refused(context: Callable[..., A
     with pytest.raises(MethodError, match=r"train\.head_lr is set, and the task has no head of its own"):
         build("fedit", {}, context(classes=1, head={}, head_rate=0.1))
     build("fedit", {}, context(head_rate=0.1))
+
+
+@pytest.mark.parametrize("name", ["feddm", "fedaf", "sketch"])
+def test_a_rate_for_a_head_that_no_client_trains_is_refused(context: Callable[..., Any], name: str) -> None:
+    with pytest.raises(MethodError, match=rf"train\.head_lr is set, and method\.name = '{name}' trains no head at its"):
+        build(name, {}, context(head_rate=0.1))

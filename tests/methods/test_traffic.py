@@ -45,7 +45,7 @@ DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 @pytest.mark.parametrize(("d_in", "d_out", "rank"), [(384, 384, 8), (384, 1536, 8), (4096, 1024, 16), (5, 3, 1)])
 def test_bytes_per_layer_are_the_formulas(d_in: int, d_out: int, rank: int) -> None:
-    described = {row["name"]: row for row in describe_methods(d_in, d_out, rank)}
+    described = {row["name"]: row for row in describe_methods(d_in, d_out, rank, clients=1)}
     assert list(described) == list(METHODS)
     for name, formula in FORMULAS.items():
         assert described[name]["bytes_per_layer_up"] == 4 * formula(d_in, d_out, rank)
@@ -154,3 +154,12 @@ def test_every_option_is_told_in_words(name: str) -> None:
     if name in {"celora", "folklora"}:
         assert told["method.lambda"]["allowed"] == "number, >= 0, <= 1"
         assert told["method.similarity"]["default"] == {"celora": '"both"', "folklora": '"size"'}[name]
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex"])
+@pytest.mark.parametrize("clients", [1, 3, 10])
+def test_what_stacks_all_factors_comes_down_that_many_times(name: str, clients: int) -> None:
+    described = {row["name"]: row for row in describe_methods(200, 300, 4, clients)}
+    assert described[name]["bytes_per_layer_up"] == 4 * 4 * (200 + 300)
+    assert described[name]["bytes_per_layer_down"] == clients * 4 * 4 * (200 + 300)
+    assert described["fedit"]["bytes_per_layer_down"] == 4 * 4 * (200 + 300)

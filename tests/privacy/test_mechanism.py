@@ -76,3 +76,12 @@ def test_an_update_is_what_a_reference_lacks_and_unknown_tensors_count_from_zero
     back = applied(found, known)
     assert all(torch.equal(back[name], tensor) for name, tensor in new.items())
     assert norm(added(found, found)) == pytest.approx(2 * norm(found))
+
+
+def test_clipping_is_the_same_to_the_bit_in_whichever_order_tensors_come() -> None:
+    """Files give them back in another order at every call, and a member is held to its digest."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        update = {f"t{i}": torch.randn(50 + i, generator=generator) for i in range(12)}
+        one, other = clipped(update, 0.1), clipped(dict(reversed(update.items())), 0.1)
+        assert all(torch.equal(one[name], other[name]) for name in update)

@@ -117,6 +117,7 @@ def methods(
     d_in: Annotated[int, typer.Option(min=1, help="Input width of an adapted layer")] = 384,
     d_out: Annotated[int, typer.Option(min=1, help="Output width")] = 384,
     rank: Annotated[int, typer.Option(min=1)] = 8,
+    clients: Annotated[int, typer.Option(min=1, help="In a round")] = 10,
 ) -> None:
     """All methods: paper, what travels, bytes per adapted layer and round; or the options of one."""
     from folklora.federation.traffic import describe_methods
@@ -134,13 +135,13 @@ def methods(
             table.add_row(option["key"], option["allowed"], option["default"], option["description"])
         out.print(table)
         return
-    described = describe_methods(d_in, d_out, rank)
+    described = describe_methods(d_in, d_out, rank, clients)
     if as_json:
         print_json(described)
         return
     only_heads = ", ".join(entry["name"] for entry in described if entry["needs_head"])
     table = Table(
-        title=f"bytes per client, round and adapted layer: {d_out} x {d_in}, rank {rank}, float32",
+        title=f"bytes per client, round and adapted layer: {d_out} x {d_in}, rank {rank}, {clients} clients, float32",
         caption="Tasks without a head of their own (causal-lm, image-text): nothing of a head travels, once or in a "
         f"round; not for them: {only_heads}.",
     )

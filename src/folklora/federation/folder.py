@@ -157,7 +157,7 @@ class MemberFolder:
         if hashlib.sha256(data).hexdigest() != kept.sha256:
             return None
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
-        return tensors
+        return dict(sorted(tensors.items()))  # it has another order at every call
 
     def save(self, version: int, tensors: Tensors, keep: Collection[int], hold: Collection[str]) -> None:
         """Make ``tensors`` that version, and what the model is now; of all others, ``keep`` and ``hold`` stay."""

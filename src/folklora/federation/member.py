@@ -171,7 +171,8 @@ class Member:
         for each in fitted:
             finite = (bool(torch.isfinite(tensor).all()) for tensor in each.tensors.values())
             if not (math.isfinite(each.loss) and all(finite)):
-                raise MethodError(f"training diverged (loss {each.loss:g}); allowed: a smaller train.lr or train.clip")
+                rates = "train.lr" if self.setup.recipe.train.head_lr is None else "train.lr, train.head_lr"
+                raise MethodError(f"training diverged (loss {each.loss:g}); allowed: a smaller {rates} or train.clip")
         before = self.client.tensors, dict(self.client.notes)
         head_rate = self.setup.recipe.train.head_rate
         try:

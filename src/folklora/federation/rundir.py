@@ -281,7 +281,7 @@ class RunDirectory:
             If it is missing or not what was written; says how to go on from the round before.
         """
         loaded: dict[str, Tensor] = safetensors.torch.load(self._verified(checkpoint, name))
-        return loaded
+        return dict(sorted(loaded.items()))  # it has another order at every call
 
     def _verified(self, checkpoint: Checkpoint, name: str, size: int | None = None) -> bytes:
         """The first ``size`` bytes of a file (default: all), if they are what was committed."""

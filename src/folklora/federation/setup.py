@@ -247,7 +247,7 @@ def client_ranks(recipe: Recipe, clients: list[str]) -> dict[str, int]:
     """
     classes = recipe.adapter.device_ranks
     if classes is not None:
-        return _dealt(classes, recipe.adapter.device_shares, recipe.seed, clients)
+        return _dealt("adapter.device_ranks", classes, recipe.adapter.device_shares, recipe.seed, clients)
     rank = recipe.adapter.rank
     if isinstance(rank, int):
         return dict.fromkeys(clients, rank)
@@ -261,13 +261,22 @@ def client_ranks(recipe: Recipe, clients: list[str]) -> dict[str, int]:
 def client_depths(recipe: Recipe, task: Task, clients: list[str]) -> Depths | None:
     """How often each client applies a shared block; classes of devices are dealt as ranks are."""
     section = recipe.depth
-    dealt = _dealt(section.device_steps, section.device_shares, recipe.seed, clients) if section.device_steps else None
+    dealt = None
+    if section.device_steps:
+        dealt = _dealt("depth.device_steps", section.device_steps, section.device_shares, recipe.seed, clients)
     return depths_of(recipe, task.backbone, clients, None if dealt is None else list(dealt.values()))
 
 
-def _dealt(classes: Sequence[int], shares: Sequence[float] | None, seed: int, clients: list[str]) -> dict[str, int]:
-    """Client -> what its class of devices has."""
+def _dealt(
+    key: str, classes: Sequence[int], shares: Sequence[float] | None, seed: int, clients: list[str]
+) -> dict[str, int]:
+    """Client -> what its class of devices has; ``key`` lists the classes."""
     counts = largest_remainder([share * len(clients) for share in shares or [1 / len(classes)] * len(classes)])
+    if 0 in counts:
+        raise RecipeError(
+            f"{key}: of {len(clients)} clients nobody is in the class of {classes[counts.index(0)]}; "
+            "allowed: shares that give every class a client"
+        )
     dealt = [each for each, count in zip(classes, counts, strict=True) for _ in range(count)]
     order = sorted(clients, key=lambda client: derive(seed, "device", client))
     found = dict(zip(order, dealt, strict=True))

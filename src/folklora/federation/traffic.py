@@ -119,13 +119,16 @@ def _two_rounds(
     return ups, [method.typical_reply(r, client) for r in rounds]
 
 
-def describe_methods(d_in: int, d_out: int, rank: int) -> list[dict[str, Any]]:
-    """Every method in one line: name, paper, what travels, and payload bytes per adapted layer and round in float32."""
+def describe_methods(d_in: int, d_out: int, rank: int, clients: int = 10) -> list[dict[str, Any]]:
+    """Every method in one line: name, paper, what travels, and payload bytes per adapted layer and round in float32.
+
+    Among so many clients: what comes down grows with them where all their factors are stacked.
+    """
     described = []
     for name, cls in METHODS.items():
         context = Context(
             seed=0,
-            ranks={"0": rank},
+            ranks={str(i): rank for i in range(clients)},
             sites=(Site("layer", d_in, d_out),),
             alpha=float(rank),
             dropout=0.0,

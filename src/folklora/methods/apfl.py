@@ -86,6 +86,7 @@ class APFL(Personal):
         self.keep(client, {name: (v[name].double() + way / alpha).float() for name, way in moved.items()})
         if self.options.adaptive:
             gap = {n: v[n].double() - w[n].double() for n in moved}
-            slope = sum(float((gap[n] * -way).sum()) / after.way(n) for n, way in moved.items())
+            # In one order, however the tensors come from a file: a resumed run has the same sum.
+            slope = sum(float((gap[n] * -way).sum()) / after.way(n) for n, way in sorted(moved.items()))
             alpha = min(1.0, max(LEAST, alpha - self.options.alpha_lr * slope))
             client.notes["alpha"] = torch.tensor(alpha, dtype=torch.float64)

@@ -84,6 +84,11 @@ class Method:
             raise MethodError("train.head_lr is set, and the task has no head of its own; allowed: to leave it out")
         self.options = options if context.head else options.without_head(self.name)
         self.context = context
+        if context.head_rate != 1 and (self.condenses or not self.rounds()):
+            raise MethodError(
+                f"train.head_lr is set, and method.name = {self.name!r} trains no head at its clients; allowed: to "
+                "leave it out"
+            )
         self.adapter = LowRank(context.sites, self.core, context.alpha, context.dropout)
         ranks = set(context.ranks.values())
         if len(ranks) > 1 and not self.mixed_ranks:

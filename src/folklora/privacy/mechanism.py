@@ -21,8 +21,9 @@ from folklora.randomness import secret_generator
 
 
 def norm(update: Tensors) -> float:
-    """L2 over all numbers of all tensors together."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in update.values()))
+    """L2 over all numbers of all tensors together: the same to the bit in whichever order they come, as they do from
+    files."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for _, tensor in sorted(update.items())))
 
 
 def clipped(update: Tensors, clip: float) -> Tensors:

@@ -618,8 +618,8 @@ def test_siglip_without_a_pad_token(seeing_model: Callable[[str], Path], tmp_pat
 
 
 def test_siglip_is_not_packed(seeing_model: Callable[[str], Path]) -> None:
-    refused('train.packed = "always"', lambda: labelled(seeing_model("siglip")).refuse_packing("always"))
-    labelled(seeing_model("clip")).refuse_packing("always")
+    refused('train.packed = "always"', lambda: labelled(seeing_model("siglip")).refuse_layout("always", 8))
+    labelled(seeing_model("clip")).refuse_layout("always", 8)
 
 
 def test_the_digest_knows_tokens_and_pixels(seeing_model: Callable[[str], Path], copy: Path) -> None:
@@ -632,3 +632,12 @@ def test_the_digest_knows_tokens_and_pixels(seeing_model: Callable[[str], Path],
     path = copy / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "resample": 0}))
     assert load(copy).digest != whole
+
+
+def test_a_caption_alone_teaches_clip_nothing(seeing_model: Callable[[str], Path]) -> None:
+    refused(
+        "train.batch_size = 1: .*allowed: 2 or more", lambda: captioned(seeing_model("clip")).refuse_layout("auto", 1)
+    )
+    captioned(seeing_model("clip")).refuse_layout("auto", 2)
+    labelled(seeing_model("clip")).refuse_layout("auto", 1)  # prompts of all classes are there
+    captioned(seeing_model("siglip")).refuse_layout("auto", 1)  # whose own pair is a term by itself

@@ -281,6 +281,13 @@ def test_no_image_processor(copy: Path) -> None:
     assert str(copy) in refused("no image processor", lambda: load(copy))
 
 
+def test_an_image_processor_that_transformers_no_longer_knows(copy: Path) -> None:
+    """As in folders of fine-tuned ViTs that were written years ago."""
+    path = copy / "preprocessor_config.json"
+    path.write_text(json.dumps({"image_processor_type": "ViTOldExtractor"}))
+    assert str(copy) in refused("its image processor cannot be used: ", lambda: load(copy))
+
+
 def test_an_image_processor_of_its_own_code_is_never_run(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(copy)
     change(
@@ -330,8 +337,8 @@ def test_a_model_that_hides_patches(copy: Path) -> None:
 
 def test_packing_has_no_meaning(seeing_model: Callable[[str], Path]) -> None:
     task = ImageClassification(load(seeing_model("vit")), CLASSES)
-    refused('train.packed = "always"', lambda: task.refuse_packing("always"))
-    task.refuse_packing("auto")
+    refused('train.packed = "always"', lambda: task.refuse_layout("always", 8))
+    task.refuse_layout("auto", 8)
 
 
 @pytest.mark.parametrize(

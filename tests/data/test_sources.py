@@ -259,6 +259,30 @@ def test_broken_parquet_rows(tmp_path: Path) -> None:
     assert "1.0 is of type float" in error_of(write_parquet(path, [("a", 1.0), ("b", 2.0)]))
 
 
+@pytest.mark.parametrize("where", ["parquet", "save_to_disk"])
+def test_class_names_of_a_data_set_of_hugging_face_are_its_labels(tmp_path: Path, where: str) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    made = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=features)
+    path = tmp_path / "a.parquet"
+    made.to_parquet(str(path)) if where == "parquet" else made.save_to_disk(str(path))
+    table, _ = load(DataSection(source=str(path)), 0)
+    assert [table.classes[label] for label in table.labels] == ["yes", "no", "yes"]
+
+
+def test_a_parquet_file_that_only_says_it_is_of_hugging_face_is_read_as_it_is(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b"], "label": ["x", "y"]})
+    for told in (
+        b"{",
+        b"5",
+        b'{"info": {"features": {"label": 5}}}',
+        b'{"info": {"features": {"label": {"_type": "ClassLabel"}}}}',
+        b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["p", "q"]}}}}',
+    ):
+        pq.write_table(table.replace_schema_metadata({b"huggingface": told}), tmp_path / "a.parquet")
+        found, _ = load(DataSection(source=str(tmp_path / "a.parquet")), 0)
+        assert found.classes == ("x", "y")
+
+
 def test_missing_group_value(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [("a", "1", "x"), ("b", "2", "")])
     assert "line 3, column 'who': missing" in error_of(path, by="who")

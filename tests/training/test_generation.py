@@ -225,6 +225,11 @@ def test_a_model_without_keys_and_values_is_refused(
     monkeypatch.setattr(type(here.stock), "_is_stateful", True)
     with pytest.raises(BackboneError, match="llama keeps a state in place of keys and values"):
         refuse_speechless(here.task)
+    monkeypatch.undo()
+    refuse_speechless(here.task)
+    monkeypatch.setattr(type(here.stock.config), "layer_types", ["conv", "full_attention"], raising=False)  # LFM2
+    with pytest.raises(BackboneError, match="llama keeps a state in place of keys and values"):
+        refuse_speechless(here.task)
     classifying = Classification(Backbone.load(str(tiny_model("gpt2"))), 2)
     with pytest.raises(BackboneError, match='allowed: model.task = "causal-lm"'):
         refuse_speechless(classifying)

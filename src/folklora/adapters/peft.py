@@ -23,8 +23,9 @@ from folklora.errors import RunError
 
 _PREFIX = "base_model.model."
 
-_TASK_TYPES = {"causal-lm": "CAUSAL_LM"}
-"""Task of a recipe -> PEFT's; every other one is FEATURE_EXTRACTION: the bare model."""
+_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "FEATURE_EXTRACTION", "image-text": None}
+"""Task of a recipe -> PEFT's. Its wrapper for features hands on ``inputs_embeds``, which models of two towers do not
+take; without a type the arguments pass as they are."""
 
 _UNLIKE_PLAIN_LORA = ("use_dora", "use_rslora", "lora_bias", "layer_replication")
 """Settings of PEFT under which the same tensors mean another product."""
@@ -130,7 +131,7 @@ def save_peft(
             (folder / "norms.safetensors").write_bytes(safetensors.torch.save(norms))
         save_beside(folder, tensors, classes, use)
         # The configuration comes last: a folder that has it is whole.
-        config = _config(adapter, folded, base_model, _TASK_TYPES.get(use["task"], "FEATURE_EXTRACTION"), transposed)
+        config = _config(adapter, folded, base_model, _TASK_TYPES[use["task"]], transposed)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     except (OSError, safetensors.SafetensorError) as error:
         raise RunError(f"{folder}: cannot be written: {error}") from None
@@ -150,7 +151,9 @@ def save_beside(folder: Path, tensors: Tensors, classes: tuple[str, ...], use: M
             (folder / name).write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def _config(adapter: LowRank, folded: Tensors, base_model: str, task_type: str, transposed: bool) -> dict[str, Any]:
+def _config(
+    adapter: LowRank, folded: Tensors, base_model: str, task_type: str | None, transposed: bool
+) -> dict[str, Any]:
     from peft import LoraConfig
 
     highest = highest_rank(folded)

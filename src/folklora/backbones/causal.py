@@ -103,7 +103,7 @@ class CausalLM:
     def head_shapes(self) -> Shapes:
         return {}
 
-    def refuse_packing(self, packed: str) -> None:
+    def refuse_layout(self, packed: str, batch_size: int) -> None:
         self.backbone.refuse_packing(packed)
 
     # -- texts and tokens --------------------------------------------------------------------------------------------

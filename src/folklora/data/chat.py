@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from folklora.data.columns import Columns, either, first_line, short, why_not_text
-from folklora.errors import DataError
+from folklora.data.columns import Columns, either, short, why_not_text
+from folklora.errors import DataError, first_line
 
 Chat = tuple[tuple[str, str], ...]
 """(role, content) of each turn; roles are system, user and assistant, and the last turn is the assistant's."""

@@ -120,8 +120,3 @@ def short(value: Any) -> str:
         value = value[:200]
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -20,12 +20,11 @@ from folklora.data.columns import (
     MOST_PIXELS,
     Columns,
     either,
-    first_line,
     require_columns,
     short,
     why_not_text,
 )
-from folklora.errors import DataError
+from folklora.errors import DataError, first_line
 
 Picture = np.ndarray
 """uint8 ``[H, W, 3]``, red, green and blue."""

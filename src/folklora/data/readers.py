@@ -9,12 +9,12 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from folklora.data.columns import Columns, first_line, listed, numbered_rows, require_columns, short
-from folklora.errors import DataError
+from folklora.data.columns import Columns, listed, numbered_rows, require_columns, short
+from folklora.errors import DataError, first_line
 
 Reader = Callable[[Path, list[str]], Columns]
 """Gives the wanted columns of a file."""
@@ -114,10 +114,33 @@ def read_parquet(path: Path, wanted: list[str]) -> Columns:
         require_columns(str(path), file.schema_arrow.names, wanted)
         places = numbered_rows(str(path), file.metadata.num_rows)
         table = file.read(columns=wanted)
-        values = {name: table.column(name).to_pylist() for name in wanted}
+        values: dict[str, Sequence[Any]] = {name: table.column(name).to_pylist() for name in wanted}
+        for name, classes in _class_names(file.schema_arrow.metadata).items():
+            if name in values and pa.types.is_integer(file.schema_arrow.field(name).type):
+                values[name] = _named(values[name], classes)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: a value that Python lacks
         raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}; allowed: Parquet") from None
     return Columns(str(path), places, values, path.parent)
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Column -> names of its classes, as Hugging Face's ``datasets`` writes them into a Parquet file; nothing where
+    what stands there is of another make."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        found = {name: told["names"] for name, told in features.items() if told.get("_type") == "ClassLabel"}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    return {name: names for name, names in found.items() if isinstance(names, list) and all(map(_is_text, names))}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _named(values: Sequence[Any], names: Sequence[str]) -> list[str | None]:
+    """Numbers of a ClassLabel as names; -1 and what no name stands for is unknown."""
+    return [None if v is None or not 0 <= v < len(names) else names[v] for v in values]
 
 
 def read_saved(folder: Path, wanted: list[str], grouping: list[str]) -> tuple[Columns, Columns | None]:
@@ -149,8 +172,8 @@ def _split(split: Any, folder: Path, name: str, wanted: list[str]) -> Columns:
     values: dict[str, Sequence[Any]] = dict(split[:])
     for column in wanted:
         names = getattr(split.features[column], "names", None)
-        if names is not None:  # a ClassLabel: integers on disk, -1 where unknown
-            values[column] = [None if v is None or not 0 <= v < len(names) else names[v] for v in values[column]]
+        if names is not None:
+            values[column] = _named(values[column], names)
     return Columns(file, places, values, folder)
 
 

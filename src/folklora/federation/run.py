@@ -216,7 +216,7 @@ def compare(
         data_of(each)  # not every seed can be dealt
         if each.seed == recipe.seed:  # what a method refuses of a recipe, it refuses with every seed
             task = prepare(each).task
-            task.refuse_packing(each.train.packed)
+            task.refuse_layout(each.train.packed, each.train.batch_size)
             judged[text] = task.metric
     same_metric(judged.items())
     rows, runs = [], []

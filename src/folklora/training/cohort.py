@@ -139,11 +139,12 @@ class CohortTrainer:
     Raises
     ------
     BackboneError
-        When it is made: ``train.packed`` asks for a layout that the backbone cannot have.
+        When it is made: ``train.packed`` asks for a layout that the backbone cannot have, or a minibatch is too small
+        for the task.
     """
 
     def __init__(self, task: Task, adapter: LowRank, train: TrainSection, seed: int) -> None:
-        task.refuse_packing(train.packed)
+        task.refuse_layout(train.packed, train.batch_size)
         self.task = task
         self.backbone = task.backbone
         self.adapter = adapter

@@ -61,12 +61,20 @@ class Sampling:
 
 GREEDY = Sampling()
 
+_CACHED = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Layers that need nothing of earlier tokens but keys and values."""
+
+
+def _keeps_a_state(model: Any) -> bool:
+    kinds = getattr(model.config.get_text_config(), "layer_types", None)
+    return bool(getattr(model, "_is_stateful", False)) or not _CACHED.issuperset(kinds or ())
+
 
 def refuse_speechless(task: Any) -> None:
     """Raises BackboneError if nothing can be generated with a task."""
     if not isinstance(task, CausalLM):
         raise BackboneError('the model writes no text; allowed: model.task = "causal-lm"')
-    if task.backbone.run(lambda model: getattr(model, "_is_stateful", False), None, torch.float32):
+    if task.backbone.run(_keeps_a_state, None, torch.float32):
         raise BackboneError(
             f"model.name: {task.backbone.model_type} keeps a state in place of keys and values, and answers for many "
             "clients are generated with keys and values only; allowed: a transformer"

@@ -73,9 +73,10 @@ def test_a_template_without_a_sign_gets_the_tokenizers_end(lab: SimpleNamespace)
     template = "{% for m in messages %}{{ m.role + ' : ' + m.content + ' \n' }}{% endfor %}"
     tokenizer = chatty(lab, template)
     made = ConversationTokenizer(tokenizer)
-    assert text(tokenizer, made.prompt(CHAT)) == "user : w1 w2 |"
-    # Without a generation prompt the model learns to write the assistant's header itself.
-    assert text(tokenizer, made.response(CHAT)) == "assistant : w3 w4 | <eos>"
+    # It has no generation prompt: who answers is given all the same, and no part of the answer.
+    assert text(tokenizer, made.prompt(CHAT)) == "user : w1 w2 | assistant :"
+    assert made.prompt(CHAT[:1]) == made.prompt(CHAT)
+    assert text(tokenizer, made.response(CHAT)) == "w3 w4 | <eos>"
 
 
 def test_the_templates_own_start_is_not_doubled(lab: SimpleNamespace) -> None:
@@ -83,6 +84,64 @@ def test_the_templates_own_start_is_not_doubled(lab: SimpleNamespace) -> None:
     made = ConversationTokenizer(tokenizer)
     assert text(tokenizer, made.prompt(CHAT)) == "<bos> <start> user w1 w2 <end> | <start> assistant"
     assert text(tokenizer, made.response(CHAT)) == "w3 w4 <end>"
+
+
+THINKING = (  # as Qwen3's
+    "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}"
+    "{% set parts = m.content.split('</think>') %}{% set thoughts = parts[0] if parts | length > 1 else '' %}"
+    "{{ '<start> assistant <think> ' + thoughts.replace('<think>', '') + '</think> \n' + parts[-1] + ' <end> \n' }}"
+    "{% else %}{{ '<start> ' + m.role + ' ' + m.content + ' <end> \n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start> assistant ' }}{% endif %}"
+)
+
+
+def test_an_empty_block_of_thoughts_is_given_and_thoughts_of_ones_own_are_learnt(lab: SimpleNamespace) -> None:
+    tokenizer = lab.words(*ROLES, "<think>", "</think>", eos_token="<eos>")
+    tokenizer.chat_template = THINKING
+    made = ConversationTokenizer(tokenizer)
+    assert text(tokenizer, made.prompt(CHAT)) == "<start> user w1 w2 <end> | <start> assistant <think> </think> |"
+    assert made.prompt(CHAT[:1]) == made.prompt(CHAT)
+    assert text(tokenizer, made.response(CHAT)) == "w3 w4 <end>"
+    assert made.decode(made.response(CHAT)) == "w3 w4"  # what an answer is compared with
+    own = (CHAT[0], ("assistant", "<think> w8 </think> w3"))
+    assert text(tokenizer, made.prompt(own)) == "<start> user w1 w2 <end> | <start> assistant"
+    assert text(tokenizer, made.response(own)) == "<think> w8 </think> | w3 <end>"
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("space", ["", " "])
+def test_tokens_are_those_of_the_whole_conversation(lab: SimpleNamespace, scheme: str, space: str) -> None:
+    """SentencePiece puts a space before whatever it is given: a response given alone would begin with another token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"w{i}" for i in range(10)]
+    vocabulary = ["<unk>", "</s>", "[A]", "▁", *words, *(f"▁{word}" for word in words)]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme=scheme), pre_tokenizers.Split("▁", "merged_with_next")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", eos_token="</s>", additional_special_tokens=["[A]"]
+    )
+    answer = "{{ '" + space + "' + m.content + eos_token }}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '[A]' }}{% else %}" + answer + "{% endif %}"
+        "{% endfor %}"
+    )
+    ours = ConversationTokenizer(tokenizer)
+    messages = [{"role": role, "content": content} for role, content in CHAT]
+    wanted = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert "<unk>" not in tokenizer.convert_ids_to_tokens(wanted)
+    assert ours.prompt(CHAT) + ours.response(CHAT) == list(wanted)
+
+
+@pytest.mark.parametrize("lead", ["", "\n", "  ", "\n\n", "{# for all #}\n"])
+def test_a_template_is_rendered_as_the_library_does(lab: SimpleNamespace, lead: str) -> None:
+    tokenizer = chatty(lab, lead + CHATML)
+    messages = [{"role": "user", "content": "w1 w2"}]
+    wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert ConversationTokenizer(tokenizer)._rendered(CHAT[:1]) == wanted
 
 
 def test_tomorrow_s_tokens_are_today_s(lab: SimpleNamespace) -> None:

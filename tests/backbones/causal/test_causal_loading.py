@@ -193,6 +193,22 @@ def test_a_backbone_in_few_bits_trains_and_answers(
     assert low.digest == digest  # use has not changed what it says of itself
 
 
+@pytest.mark.parametrize("how", LIBRARIES)
+def test_a_library_that_leaves_most_of_the_model_in_floats_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """As torchao does with GPT-2's layers, without a word."""
+
+    def passed_over(name: str, auto: Any, *, quantization_config: Any, device_map: Any, **arguments: Any) -> Any:
+        return auto.from_pretrained(name, **arguments)
+
+    monkeypatch.setattr(lowbit, "_configuration", lambda how: None)
+    monkeypatch.setattr(lowbit.loading, "pretrained", passed_over)
+    text = refused(f'model.quantize = "{how}"', lambda: CausalBackbone.load(str(folder), quantize=how))
+    assert "in floats, model.layers.0." in text
+    assert 'allowed: another library, or "none"' in text
+
+
 def test_weights_that_are_in_few_bits_already_are_refused(folder: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="an optional library")
     from transformers import AutoModelForCausalLM

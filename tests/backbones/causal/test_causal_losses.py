@@ -204,7 +204,7 @@ def test_who_looks_through_a_window_is_padded(lab: SimpleNamespace, family: str,
     model = lab.stock(family, **changes)
     task = lab.task_of(model)
     with pytest.raises(BackboneError, match=f'train.packed = "always": this {family}'):
-        task.refuse_packing("always")
+        task.refuse_layout("always", 8)
     layout = task.lay_out(lab.groups)
     assert not layout.batch.packed
     answers = frozen_answers(task, lab.groups, "auto")

@@ -247,8 +247,8 @@ def test_the_loss_on_pairs_is_the_stock_models(
         torch.testing.assert_close(losses[k], expected, rtol=1e-4, atol=1e-5)
 
 
-def brute_force(task: ImageText, images: Tensor, texts: Tensor, captions: Sequence[str]) -> Tensor:
-    """The loss of one client, pair by pair; a pair with the same caption is left out."""
+def brute_force(task: ImageText, images: Tensor, texts: Tensor, captions: Sequence[Any]) -> Tensor:
+    """The loss of one client, pair by pair; a pair with the same caption (or the same of whatever) is left out."""
     logits = images @ texts.T * task.backbone.scale + task.backbone.bias
     n = len(captions)
     others = [[j for j in range(n) if j == i or captions[j] != captions[i]] for i in range(n)]
@@ -273,6 +273,27 @@ def test_the_same_caption_twice_is_no_mistake(
     for k, own in enumerate(texts):
         images, captions = answers[k][:, : task.width], answers[k][:, task.width : 2 * task.width]
         torch.testing.assert_close(losses[k], brute_force(task, images, captions, own), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+@pytest.mark.parametrize("tower", ["both", "text"])
+def test_captions_of_one_picture_are_no_mistakes_for_each_other(
+    seeing_model: Callable[[str], Path], noise: Callable[..., Any], company: Callable[..., Any], family: str, tower: str
+) -> None:
+    """As in COCO and Flickr30k, whose pictures have five each."""
+    task = captioned(seeing_model(family), tower=tower)
+    clients = company(task, clients=1)
+    which, pictures = [0, 1, 0, 2, 1, 0], noise(3)
+    examples = task.encode([(pictures[p], f"w{i}") for i, p in enumerate(which)])
+    losses, _ = clients.losses([examples], [[0] * 6])
+    answers = clients.answers([examples])
+    images, captions = answers[:, : task.width], answers[:, task.width : 2 * task.width]
+    torch.testing.assert_close(losses[0], brute_force(task, images, captions, which), rtol=1e-5, atol=1e-6)
+    # A model whose captions are their pictures' own embeddings makes no mistake.
+    own = answers.numpy().copy()
+    own[:, task.width : 2 * task.width] = images
+    score = task.score(own, np.zeros(6))
+    assert (score.value, score.beside) == (1, {"text_to_image": 1})
 
 
 def test_answers_are_embeddings_and_the_caption_s_name(

@@ -1,7 +1,8 @@
 """Losses and retrieval on pairs of a picture and its caption, for many clients at once.
 
-Each client's pictures meet its own captions only. Two pairs of one client with the same caption are no mistake for
-each other: each leaves the other out, in losses as in retrieval.
+Each client's pictures meet its own captions only. Two pairs of one client with the same caption, or the same picture
+(of which data sets often have several captions), are no mistake for each other: each leaves the other out, in losses as
+in retrieval.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def contrastive_losses(logits: Tensor, real: Tensor, twins: Tensor, *, sigmoid: 
     real
         [K, n]: which of the n places each client fills.
     twins
-        [K, n, n]: different pairs with the same caption.
+        [K, n, n]: different pairs with the same caption or picture.
     """
     counts = real.sum(1)
     absent = ~(real[:, :, None] & real[:, None, :])
@@ -54,20 +55,21 @@ def places(offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
     return torch.where(real, starts[:, None] + number, starts[:, None]), real
 
 
-def retrieved(queries: np.ndarray, found: np.ndarray, captions: np.ndarray, rows: int = 1024) -> int:
-    """How many queries find their own: the candidate with the highest cosine has the same caption.
+def retrieved(queries: np.ndarray, found: np.ndarray, names: Sequence[np.ndarray], rows: int = 1024) -> int:
+    """How many queries find their own: the candidate with the highest cosine has one of their names.
 
     Parameters
     ----------
     queries, found
         [n, p] embeddings of length one; row i of both is a pair.
-    captions
-        [n], equal where captions are.
+    names
+        Each [n]: one equal where captions are, one where pictures are.
     rows
         Queries compared at a time.
     """
     right = 0
     for start in range(0, len(queries), rows):
         nearest = (queries[start : start + rows] @ found.T).argmax(1)
-        right += int((captions[nearest] == captions[start : start + rows]).sum())
+        own = [each[nearest] == each[start : start + rows] for each in names]
+        right += int(np.any(own, axis=0).sum())
     return right

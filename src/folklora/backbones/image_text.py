@@ -36,8 +36,9 @@ from folklora.errors import BackboneError, DataError
 __all__ = ["Example", "ImageText", "ImageTextBackbone", "ImageTextLayout"]
 
 TEMPLATE = "a photo of a {}."
-CAPTION_BITS = 24
-"""Of each of the two whole numbers by which an answer names its caption: so many are exact in float32."""
+NAME_BITS = 24
+"""Of each of the two whole numbers by which an answer names its caption, or its picture: so many are exact in
+float32."""
 
 BLOCK = 64
 """Examples of one pass when embeddings are computed once for all."""
@@ -47,12 +48,13 @@ BLOCK = 64
 class Example:
     """A picture, perhaps with its caption; of a tower without adapters the embedding, float32 [p].
 
-    ``name`` is the same for the same caption: two numbers below 2^24.
+    ``names`` are four numbers below 2^24: the first two are the same for the same caption, the others for the same
+    picture.
     """
 
     picture: Pixels | np.ndarray
     caption: TokenIds | np.ndarray | None = None
-    name: tuple[int, int] = (0, 0)
+    names: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     def __len__(self) -> int:
         parts = (part for part in (self.picture, self.caption) if part is not None)
@@ -69,7 +71,7 @@ class ImageTextLayout:
     sequence_offsets: tuple[int, ...]
     pictures: PictureBatch | Tensor
     texts: Batch | Tensor | None
-    names: Tensor  # [S, 2] float32
+    names: Tensor  # [S, 4] float32
 
     @property
     def clients(self) -> int:
@@ -122,7 +124,7 @@ class ImageText:
 
     @property
     def answer_width(self) -> int:
-        return 2 * self.width + 2 if self.captions else self.classes
+        return 2 * self.width + 4 if self.captions else self.classes
 
     def head_shapes(self) -> Shapes:
         return {}
@@ -153,7 +155,11 @@ class ImageText:
         pictures = self._encode_pictures([picture for picture, _ in inputs])
         tokens = self.backbone.encode_texts([caption for _, caption in inputs], self.max_length)
         texts: Sequence[Any] = tokens if "text" in self.backbone.adapted else self._embed_texts(tokens)
-        return [Example(picture, text, _name(ids)) for picture, text, ids in zip(pictures, texts, tokens, strict=True)]
+        names = [
+            (*_name(repr(tuple(ids)).encode()), *_name(np.asarray(picture).tobytes()))
+            for ids, (picture, _) in zip(tokens, inputs, strict=True)
+        ]
+        return [Example(*each) for each in zip(pictures, texts, names, strict=True)]
 
     def lay_out(
         self, groups: Sequence[Sequence[Example]], packed: str = "auto", *, mixed: bool = True
@@ -175,7 +181,7 @@ class ImageText:
             pictures = self.backbone.picture_batch(pixels)
         else:
             pictures = _stacked([example.picture for example in flat])
-        names = torch.tensor([example.name for example in flat], dtype=torch.float32)
+        names = torch.tensor([example.names for example in flat], dtype=torch.float32)
         return ImageTextLayout(offsets, pictures, texts, names)
 
     def losses(
@@ -193,7 +199,8 @@ class ImageText:
         where, real = (tensor.to(pictures.device) for tensor in places(layout.sequence_offsets))
         cosines = torch.bmm(pictures[where], texts[where].transpose(1, 2))
         names = layout.names.to(pictures.device)[where]
-        twins = (names[:, :, None] == names[:, None, :]).all(3)
+        same = names[:, :, None] == names[:, None, :]
+        twins = same[..., :2].all(3) | same[..., 2:].all(3)
         twins &= ~torch.eye(twins.shape[1], dtype=torch.bool, device=twins.device)
         logits = cosines * self.backbone.scale + self.backbone.bias
         return contrastive_losses(logits, real, twins, sigmoid=self.backbone.sigmoid)
@@ -204,7 +211,7 @@ class ImageText:
     def answers(
         self, layout: ImageTextLayout, stacks: Tensors, plugged: Plug, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Logits [S, classes]; or of each pair both embeddings, one behind the other, and the caption's name."""
+        """Logits [S, classes]; or of each pair both embeddings, one behind the other, and the names of both."""
         if not self.captions:
             return self._logits(layout, plugged, dtype)
         pictures, texts = (embed(layout, plugged, dtype) for embed in (self._pictures, self._texts))
@@ -218,10 +225,10 @@ class ImageText:
         """Right classes; or how many pictures find their caption, and beside it the share of captions that do."""
         if not self.captions:
             return accuracy(answers, labels)
-        pictures, texts = answers[:, : self.width], answers[:, self.width : 2 * self.width]
-        _, captions = np.unique(answers[:, 2 * self.width :], axis=0, return_inverse=True)
-        back = retrieved(texts, pictures, captions) / len(answers)
-        return Score(float(retrieved(pictures, texts, captions)), len(answers), {TEXT_TO_IMAGE.name: back})
+        pictures, texts, captioned, pictured = np.split(answers, np.cumsum([self.width, self.width, 2]), axis=1)
+        names = [np.unique(each, axis=0, return_inverse=True)[1] for each in (captioned, pictured)]
+        back = retrieved(texts, pictures, names) / len(answers)
+        return Score(float(retrieved(pictures, texts, names)), len(answers), {TEXT_TO_IMAGE.name: back})
 
     def _logits(self, layout: ImageTextLayout, plugged: Plug, dtype: torch.dtype | None) -> Tensor:
         pictures = self._pictures(layout, plugged, dtype)
@@ -282,7 +289,7 @@ def _stacked(embeddings: Sequence[Any]) -> Tensor:
     return torch.from_numpy(np.stack(embeddings))
 
 
-def _name(ids: TokenIds) -> tuple[int, int]:
-    """Two whole numbers that are the same for the same tokens, and by all odds for no others."""
-    digest = int.from_bytes(hashlib.blake2b(repr(tuple(ids)).encode(), digest_size=6).digest(), "big")
-    return digest >> CAPTION_BITS, digest & (2**CAPTION_BITS - 1)
+def _name(content: bytes) -> tuple[int, int]:
+    """Two whole numbers that are the same for the same content, and by all odds for no other."""
+    digest = int.from_bytes(hashlib.blake2b(content, digest_size=6).digest(), "big")
+    return digest >> NAME_BITS, digest & (2**NAME_BITS - 1)

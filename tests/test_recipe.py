@@ -345,6 +345,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ({"rank": 4, "promote": 2}, ["promote = 2 with rank = 4"]),
         ({"rank": [2] * 10, "promote": 4}, ["promote = 4 with rank = [2, 2"]),
         ({"device_ranks": [2, 3], "promote": 20}, ["promote = 20 with device_ranks = [2, 3]"]),
+        ({"rank": 4, "promote_share": 0.2}, ["promote_share = 0.2 without promote changes nothing; allowed: to set"]),
         ({"rank": 4, "promote": 8, "promote_share": 0.0}, ["adapter.promote_share = 0.0", "greater than 0"]),
         ({"rank": 4, "promote": 8, "promote_share": 1.5}, ["adapter.promote_share = 1.5", "less than or equal to 1"]),
     ],
@@ -362,6 +363,7 @@ def test_a_rank_schedule_that_cannot_be_is_one_line(adapter: dict[str, Any], par
     [
         ({"lr": 1e-42, "head_lr": 1e-2}, ["train: head_lr = 0.01 with lr = 1e-42; allowed: at most a million times"]),
         ({"lr": 1.0, "head_lr": 1e-7}, ["train: head_lr = 1e-07 with lr = 1;"]),
+        ({"momentum": 0.9}, ['momentum = 0.9 with optimizer = "adamw" changes nothing; allowed: optimizer = "sgd"']),
         (
             {"rounds": 3, "evaluate_every": 3},
             ["adapter.promote with train.rounds = 3 and evaluate_every = 3; allowed:"],
@@ -374,6 +376,16 @@ def test_trainings_that_cannot_be_are_refused(train: dict[str, Any], parts: list
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["salient", "block"])
+def test_bits_that_are_not_there_have_no_settings(key: str) -> None:
+    value = {"salient": 0.2, "block": 32}[key]
+    with pytest.raises(
+        RecipeError, match=rf"model: {key} = {value} without bits changes nothing; allowed: to set bits"
+    ):
+        Recipe.parse({"model": {key: value}})
+    Recipe.parse({"model": {key: value, "bits": 4}})
 
 
 def device_ranks(clients: list[str], seed: int = 0, **adapter: Any) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -23,6 +24,13 @@ class Section(BaseModel):
     """A table of the recipe: strict types, no unknown keys, immutable once read."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _refuse_idle(section: BaseModel, keys: Iterable[str], idle: bool, why: str, allowed: str) -> None:
+    """Refuse what was set and changes nothing: whoever set it believes that it does."""
+    for key in keys if idle else ():
+        if (value := getattr(section, key)) != type(section).model_fields[key].default:
+            raise ValueError(f"{key} = {value} {why} changes nothing; allowed: {allowed}, or to leave it out")
 
 
 class ModelSection(Section):
@@ -53,6 +61,7 @@ class ModelSection(Section):
             raise ValueError(f'template = {short(self.template)}; allowed: a text with one "{{}}" in it')
         if self.bits is not None and self.quantize != "none":
             raise ValueError(f'bits = {self.bits} with quantize = "{self.quantize}"; allowed: one of them')
+        _refuse_idle(self, ("salient", "block"), self.bits is None, "without bits", "to set bits")
         return self
 
 
@@ -151,6 +160,7 @@ class AdapterSection(Section):
         if self.promote is not None and (self.device_ranks or isinstance(self.rank, list) or self.promote <= self.rank):
             start = f"device_ranks = {self.device_ranks}" if self.device_ranks else f"rank = {self.rank}"
             raise ValueError(f"promote = {self.promote} with {start}; allowed: one rank for all, below promote")
+        _refuse_idle(self, ("promote_share",), self.promote is None, "without promote", "to set promote")
         return self
 
 
@@ -206,6 +216,7 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _rates_are_of_one_kind(self) -> TrainSection:
+        _refuse_idle(self, ("momentum",), self.optimizer == "adamw", 'with optimizer = "adamw"', 'optimizer = "sgd"')
         if not 1e-6 <= self.head_rate <= 1e6:
             raise ValueError(
                 f"head_lr = {self.head_lr:g} with lr = {self.lr:g}; allowed: at most a million times apart"

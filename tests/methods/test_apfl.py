@@ -134,8 +134,8 @@ def test_an_adaptive_share_stays_where_it_can_learn(federation: Callable[..., An
 
 
 def test_what_cannot_be_is_one_line(context: Callable[..., Any]) -> None:
-    for options in ({"alpha": 1.5}, {"alpha": -0.1}, {"alpha_lr": 0.0}):
-        with pytest.raises(RecipeError, match=r"method.alpha"):
+    for options in ({"alpha": 1.5}, {"alpha": -0.1}, {"alpha_lr": 0.0}, {"alpha_lr": 0.2}):
+        with pytest.raises(RecipeError, match=r"alpha"):
             check_options("apfl", options)
     build("apfl", {"adaptive": True}, context(optimizer="sgd"))
     for given_, said in (({}, '"adamw"'), ({"optimizer": "sgd", "momentum": 0.9}, "momentum = 0.9")):

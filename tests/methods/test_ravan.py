@@ -337,6 +337,7 @@ def test_indices_in_another_order_are_the_same_message(federation: Federations) 
         ({"gains": "none"}, "method.gains = 'none': input should be 'trained' or 'fixed'"),
         ({"score": "loss"}, "method.score = 'loss': input should be 'gradient', 'weight' or 'random'"),
         ({"score_examples": 0}, "method.score_examples = 0"),
+        ({"score": "random", "score_examples": 8}, 'score_examples = 8 with score = "random" changes nothing; allowed'),
     ],
 )
 def test_bad_options(options: dict[str, Any], complaint: str) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import MethodError
@@ -38,6 +38,12 @@ class APFLOptions(FedITOptions):
     alpha: float = Field(0.5, ge=0, le=1, description="the personal model's share; where adaptive, the first")
     adaptive: bool = Field(False, description="each client moves its alpha by gradient descent")
     alpha_lr: float = Field(0.1, gt=0, le=1e6, description="of the adaptive alpha")
+
+    @model_validator(mode="after")
+    def _only_an_adaptive_alpha_has_a_rate(self) -> APFLOptions:
+        if not self.adaptive and "alpha_lr" in self.model_fields_set:
+            raise ValueError(f"alpha_lr = {self.alpha_lr} without adaptive changes nothing; allowed: adaptive = true")
+        return self
 
 
 class APFL(Personal):

@@ -60,6 +60,11 @@ class RavanOptions(FedITOptions):
         most = max(self.budget, default=0) if isinstance(self.budget, list) else self.budget
         if self.heads is not None and most is not None and most > self.heads:
             raise ValueError(f"budget = {most} exceeds heads = {self.heads}; allowed: 1 to {self.heads}")
+        if self.score != "gradient" and "score_examples" in self.model_fields_set:
+            raise ValueError(
+                f'score_examples = {self.score_examples} with score = "{self.score}" changes nothing; allowed: '
+                'score = "gradient"'
+            )
         return self
 
 

@@ -162,7 +162,7 @@ def _setup(
     encoded, test_encoded = task.encode(table.inputs), task.encode(test.inputs) if test else []
     frozen = cache(lambda depth=None: torch.from_numpy(features(task, encoded, depth=depth)))
     data = FederatedData(table, splits, test)
-    return Setup(recipe, data, task, method, encoded, test_encoded, frozen, joining, depths)
+    return Setup(recipe, data, task, method, lambda: (encoded, test_encoded), frozen, joining, depths)
 
 
 def _backbone(recipe: Recipe, own: Own) -> str:

@@ -91,8 +91,8 @@ def _refuse_network(recipe: Recipe) -> None:
 
 
 def _prepared(directory: RunDirectory) -> Setup:
-    """The setup of an existing run; the data must still be what it was."""
-    setup = prepare(directory.recipe)
+    """The setup of an existing run; the data must still be what it was, and was encoded when the run began."""
+    setup = prepare(directory.recipe, encoding=False)
     refuse_other_data(directory, setup)
     return setup
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,9 @@ class Setup:
 
     Attributes
     ----------
-    encoded, test_encoded
-        Every example of the table and of the common test set, as the task encodes them.
+    encode
+        Every example of the table and of the common test set, as the task encodes them; done once, when first asked
+        for: who only hands a model on asks for none.
     frozen_features
         [n, width] float32: the frozen backbone's features of every example, in as many steps as are named (default:
         the backbone's); computed once, when first asked for.
@@ -72,11 +73,18 @@ class Setup:
     data: FederatedData
     task: Task
     method: Method
-    encoded: list[Any]
-    test_encoded: list[Any]
+    encode: Callable[[], tuple[list[Any], list[Any]]]
     frozen_features: Callable[..., Tensor]
     joining: Method | None = None
     depths: Depths | None = None
+
+    @cached_property
+    def encoded(self) -> list[Any]:
+        return self.encode()[0]
+
+    @cached_property
+    def test_encoded(self) -> list[Any]:
+        return self.encode()[1]
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -130,8 +138,12 @@ def refuse_too_few(recipe: Recipe, clients: int) -> None:
         )
 
 
-def prepare(recipe: Recipe) -> Setup:
-    """Load what the recipe names; the cheap refusals come first."""
+def prepare(recipe: Recipe, *, encoding: bool = True) -> Setup:
+    """Load what the recipe names; the cheap refusals come first.
+
+    ``encoding`` says whether examples are encoded now, so that one that cannot be is told of before work starts; else
+    they are when they are needed.
+    """
     validate(recipe)
     _forget_changed_files(recipe)
     data = data_of(recipe)
@@ -147,9 +159,11 @@ def prepare(recipe: Recipe) -> Setup:
     refuse_unsound(recipe, method)
     refuse_unmaskable(recipe, method)
     refuse_unmixable(recipe, method)
-    encoded, test_encoded = _encode(*key)
-    frozen = partial(_compute_features, *key)
-    setup = Setup(recipe, data, task, method, encoded, test_encoded, frozen, joining, depths)
+    setup = Setup(
+        recipe, data, task, method, partial(_encode, *key), partial(_compute_features, *key), joining, depths
+    )
+    if encoding:
+        setup.encode()
     Budget(recipe, method, setup.sizes).refuse_if_empty()
     return setup
 

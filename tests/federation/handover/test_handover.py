@@ -289,3 +289,18 @@ def test_a_member_hands_over_out_of_its_own_folder(finished: Finished, federated
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert (tmp_path / "member" / "task.json").read_bytes() == (tmp_path / "local" / "task.json").read_bytes()
+
+
+def test_who_hands_a_model_on_encodes_no_examples(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from folklora.backbones.classification import Classification
+    from folklora.federation import setup
+
+    run = finished("text", "method.name=fedit")
+    setup._encode.cache_clear()
+    monkeypatch.setattr(Classification, "encode", lambda *_: pytest.fail("examples were encoded"))
+    export(run, "1", tmp_path / "peft")
+    merge(run, "1", tmp_path / "merged")
+    with pytest.raises(pytest.fail.Exception, match="examples were encoded"):
+        assert client_model(run, "1").setup.encoded

@@ -69,7 +69,7 @@ def with_secrets(setup: Setup, victims: Sequence[Victim], seed: int) -> tuple[Se
             encoded[int(row)] = example
         changed.append(replace(victim, inputs=inputs, examples=examples))
         secrets.append([[token for _, token in secret] for secret in picked])
-    return replace(setup, encoded=encoded), changed, secrets
+    return replace(setup, encode=lambda: (encoded, setup.test_encoded)), changed, secrets
 
 
 def _ending_with(example: Any, secret: str) -> Any:

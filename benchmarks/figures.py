@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import accuracy_tables
 import depth_tables
 import drift_tables
 import experts_tables
@@ -22,6 +21,7 @@ import privacy_figures
 import quality_tables
 import serving_tables
 import shots_tables
+import table_parts
 from accuracy_tables import MAIN, Results, accuracy_results, bought_results, equal_rank, own_model
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -237,10 +237,10 @@ def pictures(results: Results) -> dict[str, Callable[[], Figure | None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--to", type=Path, default=accuracy_tables.FIGURES)
-    parser.add_argument("--results", type=Path, default=accuracy_tables.RESULTS)
+    parser.add_argument("--to", type=Path, default=table_parts.FIGURES)
+    parser.add_argument("--results", type=Path, default=table_parts.RESULTS)
     arguments = parser.parse_args()
-    accuracy_tables.RESULTS = arguments.results
+    table_parts.RESULTS = arguments.results
     stale = []
     others = {**privacy_figures.PICTURES, **newcomers_tables.PICTURES}
     others |= {**depth_tables.PICTURES, **drift_tables.PICTURES, **experts_tables.PICTURES, **shots_tables.PICTURES}

@@ -159,9 +159,7 @@ def prepare(recipe: Recipe, *, encoding: bool = True) -> Setup:
     refuse_unsound(recipe, method)
     refuse_unmaskable(recipe, method)
     refuse_unmixable(recipe, method)
-    setup = Setup(
-        recipe, data, task, method, partial(_encode, *key), partial(_compute_features, *key), joining, depths
-    )
+    setup = Setup(recipe, data, task, method, partial(_encode, *key), partial(_compute_features, *key), joining, depths)
     if encoding:
         setup.encode()
     Budget(recipe, method, setup.sizes).refuse_if_empty()

@@ -273,6 +273,7 @@ def test_a_parquet_file_that_only_says_it_is_of_hugging_face_is_read_as_it_is(tm
     table = pa.table({"text": ["a", "b"], "label": ["x", "y"]})
     for told in (
         b"{",
+        b"[" * 100_000,
         b"5",
         b'{"info": {"features": {"label": 5}}}',
         b'{"info": {"features": {"label": {"_type": "ClassLabel"}}}}',

@@ -129,7 +129,7 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         found = {name: told["names"] for name, told in features.items() if told.get("_type") == "ClassLabel"}
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
     return {name: names for name, names in found.items() if isinstance(names, list) and all(map(_is_text, names))}
 

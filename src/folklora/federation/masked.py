@@ -144,7 +144,9 @@ class MaskedIntake(Intake):
         clients = self.method.context.clients
         self.index = {client: i for i, client in enumerate(clients)}
         self.parties, self.threshold = (f(self.recipe, len(clients)) for f in (parties, threshold))
-        self.least, self.needs = self.threshold, "secure.threshold"
+        self.least = self.threshold
+        if self.threshold > self.recipe.engine.min_clients:
+            self.needs = "secure.threshold"
         self.desk: Desk | None = None
         self.most = 0
 

@@ -162,8 +162,8 @@ def test_stock_peft_answers_as_we_do(tmp_path: Path, case: str, core: bool, base
     adapter, tensors = adapted(frozen, core, base)
     save_peft(tmp_path, tensors, adapter, "tiny", use={"task": task}, transposed=case == "gpt2")
     peft = PeftModel.from_pretrained(stock, str(tmp_path)).eval()
-    wanted = "PeftModelForCausalLM" if task == "causal-lm" else "PeftModelForFeatureExtraction"
-    assert type(peft).__name__ == wanted
+    wrappers = {"causal-lm": "PeftModelForCausalLM", "image-text": "PeftModel"}
+    assert type(peft).__name__ == wrappers.get(task, "PeftModelForFeatureExtraction")
     with torch.no_grad():
         for call, rows in calls:
             ours = frozen.run(call, plugged(adapter, tensors, rows))

@@ -48,7 +48,7 @@ def test_model_and_share_go_as_the_paper_says(
     who: list[list[str]],
 ) -> None:
     """``v <- v - lr alpha grad f(v_bar)`` step by step in NumPy; alpha by the mean of ``<v - w, grad f(v_bar)>``."""
-    options = {"alpha": alpha, "adaptive": adaptive, "alpha_lr": 1e-3}
+    options = {"alpha": alpha, "adaptive": adaptive, **({"alpha_lr": 1e-3} if adaptive else {})}
     fed = federation("apfl", options, ranks=(rank, rank), optimizer="sgd").begin()
     share = dict.fromkeys(fed.clients, max(alpha, LEAST) if adaptive else alpha)
     v: dict[str, dict[str, np.ndarray]] = {}

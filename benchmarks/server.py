@@ -7,8 +7,8 @@ Three parts, into results/server.json, which keeps what other processors took be
 *aggregation*: what a round costs once all cores are there: CKA rows of 12 modules of rank 8, half model and half data
 similarity, softmax, mix. Each number of clients is a process of its own, so that its peak of memory is its own; inputs
 count. Beyond the clients whose matrices the method keeps, both types of products are measured, where the processor has
-bfloat16. The error is that of 64
-clients' mixed cores against the dense formula in float64, relative to their distance from the mean of all cores.
+bfloat16. The error is that of 64 clients' mixed cores against the dense formula in float64, relative to their distance
+from the mean of all cores.
 
 *similarity*: the one-off comparison of data, exact and embedded, for made-up clients of ten out of 77 classes each.
 

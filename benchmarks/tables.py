@@ -68,16 +68,26 @@ def memory() -> str:
     )
 
 
+def _measured(part: str, size: str) -> tuple[list[str], dict[tuple[int, Any], dict[str, dict[str, Any]]]]:
+    """The processors that were measured, and (clients, ``size``) -> processor -> row of a part of ``server.json``."""
+    processors = load("server")["processors"]
+    rows: dict[tuple[int, Any], dict[str, dict[str, Any]]] = {}
+    for processor, measured in processors.items():
+        for row in measured[part]:
+            rows.setdefault((row["clients"], row[size]), {})[processor] = row
+    return list(processors), rows
+
+
+def _taken(row: dict[str, Any] | None, key: str) -> str:
+    return "-" if row is None or row[key] is None else _seconds(row[key])
+
+
 def server() -> str:
     """A round's aggregation by number of clients, on every processor that was measured."""
-    processors = load("server")["processors"]
-    rows: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
-    for processor, measured in processors.items():
-        for row in measured["aggregation"]:
-            rows.setdefault((row["clients"], row["products"]), {})[processor] = row
+    processors, rows = _measured("aggregation", "products")
     lines = []
     for (clients, products), found in rows.items():
-        times = [_seconds(found[name]["seconds"]) if name in found else "-" for name in processors]
+        times = [_taken(found.get(name), "seconds") for name in processors]
         memory, error = (max(row[key] for row in found.values()) for key in ("peak_bytes", "error"))
         lines.append([f"{clients:,}", products, *times, human_bytes(memory), f"{error:.0e}"])
     mixes = [f"a round's mix, {_short(name)}" for name in processors]
@@ -86,20 +96,13 @@ def server() -> str:
 
 def server_similarity() -> str:
     """The one-off comparison of data by number of clients, on every processor that was measured."""
-    processors = load("server")["processors"]
-    rows: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
-    for processor, measured in processors.items():
-        for row in measured["similarity"]:
-            rows.setdefault((row["clients"], row["components"]), {})[processor] = row
-    lines = []
-    for (clients, components), found in rows.items():
-        times = [
-            _seconds(found[name][key]) if name in found and found[name][key] is not None else "-"
-            for key in ("exact_seconds", "embedding_seconds")
-            for name in processors
-        ]
-        lines.append([f"{clients:,}", str(components), *times])
-    header = [f"{kind}, {_short(name)}" for kind in ("exact transport", "embedding") for name in processors]
+    processors, rows = _measured("similarity", "components")
+    kinds = {"exact transport": "exact_seconds", "embedding": "embedding_seconds"}
+    lines = [
+        [f"{clients:,}", str(components), *(_taken(found.get(n), key) for key in kinds.values() for n in processors)]
+        for (clients, components), found in rows.items()
+    ]
+    header = [f"{kind}, {_short(name)}" for kind in kinds for name in processors]
     return markdown(["clients", "components a class", *header], lines, left=2)
 
 

@@ -9,9 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import safetensors
+import safetensors.torch
 
+from folklora.adapters.lowrank import Tensors
 from folklora.errors import FolkLoraError, RunError
+
+
+def tensors_of(data: bytes) -> Tensors:
+    """What a safetensors file holds, by name in order: the library has another order at every call, and sums that
+    follow one differ in their last bit."""
+    return dict(sorted(safetensors.torch.load(data).items()))
 
 
 def write_whole(path: Path, data: bytes, *, durable: bool = True, mode: int = 0o666) -> None:

@@ -25,11 +25,10 @@ from typing import Annotated, TypeVar
 
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import RunError
-from folklora.federation.files import held, reported, write_whole
+from folklora.federation.files import held, reported, tensors_of, write_whole
 from folklora.federation.keys import read_key, write_key
 from folklora.federation.orders import Digest, MemberName
 from folklora.privacy.ckks import Key
@@ -156,8 +155,7 @@ class MemberFolder:
             return None
         if hashlib.sha256(data).hexdigest() != kept.sha256:
             return None
-        tensors: dict[str, Tensor] = safetensors.torch.load(data)
-        return dict(sorted(tensors.items()))  # it has another order at every call
+        return tensors_of(data)
 
     def save(self, version: int, tensors: Tensors, keep: Collection[int], hold: Collection[str]) -> None:
         """Make ``tensors`` that version, and what the model is now; of all others, ``keep`` and ``hold`` stay."""

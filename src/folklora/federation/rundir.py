@@ -21,11 +21,10 @@ from typing import Any
 from urllib.parse import quote
 
 import safetensors.torch
-from torch import Tensor
 
 from folklora.adapters.lowrank import Tensors
 from folklora.errors import RunError
-from folklora.federation.files import held, reported, write_whole
+from folklora.federation.files import held, reported, tensors_of, write_whole
 from folklora.recipe import Recipe
 
 CURRENT, PREVIOUS, BEST = "checkpoint.json", "checkpoint-previous.json", "checkpoint-best.json"
@@ -280,8 +279,7 @@ class RunDirectory:
         RunError
             If it is missing or not what was written; says how to go on from the round before.
         """
-        loaded: dict[str, Tensor] = safetensors.torch.load(self._verified(checkpoint, name))
-        return dict(sorted(loaded.items()))  # it has another order at every call
+        return tensors_of(self._verified(checkpoint, name))
 
     def _verified(self, checkpoint: Checkpoint, name: str, size: int | None = None) -> bytes:
         """The first ``size`` bytes of a file (default: all), if they are what was committed."""

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from folklora.adapters.lowrank import Site
 from folklora.methods import build
 
 
@@ -30,6 +33,28 @@ def test_the_adapter_holds_the_principal_part_and_the_base_the_rest(
             assert np.abs(fed.dense(client.tensors)[i]).max() < 1e-6
             # Neither factor takes more of the singular values than the other.
             np.testing.assert_allclose(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=0), rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_rank_and_scale(context: Callable[..., Any], data: st.DataObject) -> None:
+    """Wide, tall and square weights, up to full rank, of full rank or not."""
+    d_in, d_out = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
+    rank, alpha = data.draw(st.integers(1, min(d_in, d_out))), data.draw(st.floats(0.1, 64))
+    random = np.random.default_rng(data.draw(st.integers(0, 999)))
+    inner = data.draw(st.integers(1, min(d_in, d_out)))
+    weight = random.normal(size=(d_out, inner)) @ random.normal(size=(inner, d_in))
+    frozen = torch.from_numpy(weight).float()
+    made = context((rank, rank), sites=(Site("layer", d_in, d_out),), alpha=alpha, weight=lambda site: frozen, norms={})
+    tensors = build("federa", {}, made).initial("bob")
+    a, b, base = (tensors[f"{name}/layer"].double().numpy() for name in ("A", "B", "base"))
+    assert (a.shape, b.shape) == ((rank, d_in), (d_out, rank))
+    update, size = alpha / rank * b @ a, max(1.0, float(np.linalg.norm(weight)))
+    np.testing.assert_allclose(update + base, 0, atol=1e-5 * size)
+    # Eckart and Young: no matrix of this rank is nearer to the weight.
+    rest = np.linalg.svd(weight, compute_uv=False)[rank:]
+    assert np.linalg.norm(weight - update) == pytest.approx(np.linalg.norm(rest), abs=1e-5 * size)
+    assert np.linalg.matrix_rank(update, tol=1e-4 * size) <= rank
 
 
 def test_the_start_is_pefts_pissa_but_for_signs(context: Callable[..., Any]) -> None:

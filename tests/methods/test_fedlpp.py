@@ -76,6 +76,16 @@ def test_clients_start_from_a_coarse_copy_of_the_common_start(federation: Callab
         assert torch.equal(tensor, fed.clients["bob"].tensors[name])
 
 
+def test_the_server_keeps_a_sketched_head_whole(federation: Callable[..., Any]) -> None:
+    """S after the first round is S before it plus what clients moved from their copy: nothing of S is forgotten."""
+    fed = federation("fedlpp", {"bits": 2.0, "head_start": "sketched"}).begin()
+    start, held = fed.state["start/head/weight"].double(), fed.clients["ann"].tensors["head/weight"].double()
+    assert (start - held).abs().max() > 0.01
+    messages = fed.step(1)
+    mean = np.average([m.tensors["head/weight"].double() for m in messages.values()], axis=0, weights=[30, 12, 18])
+    np.testing.assert_allclose(fed.state["global/head/weight"], start + torch.from_numpy(mean) - held, atol=1e-5)
+
+
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_the_server_moves_by_what_clients_moved(federation: Callable[..., Any], rate: float) -> None:
     """S_t+1 = S_t + eta (mean C - D) in float64, S in full precision from the start."""

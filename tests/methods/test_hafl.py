@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from folklora.adapters.lowrank import Site
 from folklora.data.partition import to_json
 from folklora.errors import MessageError
 from folklora.federation.codec import decode, encode
@@ -34,9 +37,9 @@ def index(message: Message, site: str) -> list[int]:
     return [int(i) for i in message.tensors[f"index/{site}"]]
 
 
-def start(federation: Callable[..., Any], most: int) -> Any:
+def start(federation: Callable[..., Any], most: int, **other: Any) -> Any:
     """The common start of all pairs."""
-    return federation("fedit", ranks=(most,)).clients["ann"].tensors
+    return federation("fedit", ranks=(most,), **other).clients["ann"].tensors
 
 
 def train(fed: Any, round: int, client: str, importance: dict[str, list[float]]) -> Message:
@@ -64,15 +67,40 @@ def train(fed: Any, round: int, client: str, importance: dict[str, list[float]])
 def test_each_pair_is_the_mean_of_those_who_trained_it(
     federation: Callable[..., Any], scheme: str, budgets: tuple[int, ...]
 ) -> None:
-    fed = federation("hafl", {"scheme": scheme}, ranks=budgets).begin()
+    owners_by_hand(federation, scheme, budgets, (30, 12, 18), {})
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shapes_budgets_and_examples(federation: Callable[..., Any], data: st.DataObject) -> None:
+    """Pairs that many, one or no client owns, layers as narrow as their rank."""
+    budgets = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    widths = st.integers(max(budgets), 12)
+    sites = tuple(Site(f"layer.{i}", data.draw(widths), data.draw(widths)) for i in range(data.draw(st.integers(1, 3))))
+    examples = [data.draw(st.integers(2, 50)) for _ in budgets]
+    other = {"sites": sites, "seed": data.draw(st.integers(0, 99)), "alpha": data.draw(st.floats(0.5, 32))}
+    scheme = data.draw(st.sampled_from(["truncation", "freezing"]))
+    owners_by_hand(federation, scheme, budgets, examples, other)
+
+
+def owners_by_hand(
+    federation: Callable[..., Any],
+    scheme: str,
+    budgets: Sequence[int],
+    counts: Sequence[int],
+    other: dict[str, Any],
+) -> None:
+    """Three rounds, the second with one client, against sums over owners in NumPy."""
+    fed = federation("hafl", {"scheme": scheme}, ranks=budgets, examples=counts, **other).begin()
+    sites = [site.name for site in fed.method.context.sites]
     most = max(budgets)
-    common = start(federation, most)
-    server = {site: (common[f"A/{site}"].numpy().copy(), np.zeros_like(common[f"B/{site}"].numpy())) for site in SITES}
-    examples = dict(zip(fed.clients, (30, 12, 18), strict=False))
+    common = start(federation, most, **other)
+    server = {site: (common[f"A/{site}"].numpy().copy(), np.zeros_like(common[f"B/{site}"].numpy())) for site in sites}
+    examples = dict(zip(fed.clients, counts, strict=False))
     for round in (1, 2, 3):
         who = None if round != 2 else ["ann"]
         messages = fed.step(round, who)
-        for site in SITES:
+        for site in sites:
             a, b = server[site]
             for i in range(most):
                 total, row, column = 0.0, np.zeros(a.shape[1]), np.zeros(b.shape[0])

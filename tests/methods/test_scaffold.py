@@ -24,11 +24,8 @@ from folklora.methods.contract import Message
 from folklora.training.cohort import CohortTrainer
 
 LR, STEPS = 0.05, 20  # of `Federation.descend`
-TAKING = [
-    (name, {"similarity": "uniform"} if name == "celora" else {})
-    for name in METHODS
-    if "scaffold" in METHODS[name].combines
-]
+WITH = {"celora": {"similarity": "uniform"}, "fedlpp": {"block": 1}}  # one number a block: nothing is lost
+TAKING = [(name, WITH.get(name, {})) for name in METHODS if "scaffold" in METHODS[name].combines]
 taking = pytest.mark.parametrize(("name", "options"), TAKING, ids=str)
 SGD: dict[str, Any] = {"optimizer": "sgd", "examples": (20,) * 5}
 

@@ -24,6 +24,8 @@ RULES = tuple(FEDOPT)
 UNIFORM = {"similarity": "uniform"}
 TAKING = [(name, UNIFORM if name == "celora" else {}) for name in METHODS if "fedopt" in METHODS[name].combines]
 taking = pytest.mark.parametrize(("name", "options"), TAKING, ids=str)
+MORE_THAN_A_MEAN = ("fedawa", "fedlpp", "lorafair", "ravan", "hetlora", "hafl", "haflq")
+"""Whose server says something else than the weighted mean of equal names."""
 
 
 def by_the_paper(rule: str, s: Mapping[str, float], x: float, deltas: list[float]) -> list[float]:
@@ -125,7 +127,7 @@ def test_settings_not_given_are_the_papers() -> None:
 # -- in a federation -------------------------------------------------------------------------------------------------
 
 
-@taking
+@pytest.mark.parametrize(("name", "options"), [each for each in TAKING if each[0] not in MORE_THAN_A_MEAN], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_replies_follow_the_optimiser(
     federation: Callable[..., Any], name: str, options: dict[str, Any], rule: str
@@ -155,6 +157,53 @@ def test_replies_follow_the_optimiser(
                 if name != "rolora" and not np.allclose(history[-1], 0):
                     assert np.abs(got - factor * x[key] - history[-1]).max() > 1e-4  # it is not the mean
         x |= {key: reply[key].double().numpy() for key in deltas}
+        fed.deliver()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "ranks"),
+    [
+        *((name, {}, (3,) * 4) for name in MORE_THAN_A_MEAN),
+        *((name, {}, (2, 4, 3, 1)) for name in ("zeropad", "replication", "hetlora", "hafl", "haflq")),
+        ("fedawa", {"weights": "layer", "server_epochs": 20}, (3,) * 4),
+        ("lorafair", {"form": "least_squares"}, (3,) * 4),
+        ("ravan", {"heads": 2, "budget": 1, "score": "random"}, (3,) * 4),
+        ("fedlpp", {"head_start": "sketched"}, (3,) * 4),
+    ],
+    ids=str,
+)
+def test_what_the_server_would_say_is_where_its_optimiser_goes(
+    federation: Callable[..., Any],
+    context: Callable[..., Any],
+    name: str,
+    options: dict[str, Any],
+    ranks: tuple[int, ...],
+) -> None:
+    """The new model of the method alone, from the same state, is what stands in the mean's place."""
+    rule = {"fedopt": "yogi", "fedopt_lr": 0.1}
+    fed = federation(name, {**options, **rule}, ranks=ranks).begin()
+    alone = build(name, options, context(ranks))
+    # FedLPP's clients hold coarse copies of what FedIT's start from, narrow ones parts of it; RAVAN's cores are zero.
+    first = build("fedit", {}, context((max(ranks),) * len(ranks))).initial("ann")
+    x = {f"global/{key}": tensor for key, tensor in first.items()}
+    x |= {key.replace("start/", "global/"): tensor for key, tensor in fed.state.items() if key.startswith("start/")}
+    start, deltas = dict(x), {}
+    for round, who in enumerate((["ann", "bob"], ["bob", "cid", "dot"], ["ann", "dot"]), start=1):
+        before = dict(fed.state)
+        messages = fed.step(round, who)
+        said = alone.server(round, before, messages)
+        names = [key for key in said if key.startswith("global/")]
+        assert {key.split("/")[1] for key in names} >= ({"H"} if name == "ravan" else {"A", "B"})
+        for key in names:
+            x.setdefault(key, torch.zeros_like(said[key]))
+            start.setdefault(key, x[key])
+            deltas.setdefault(key, []).append((said[key].double() - x[key].double()).numpy())
+            got = fed.state[key].double().numpy()
+            for where in (tuple(np.unravel_index(place % got.size, got.shape)) for place in (0, 7 * round, -1)):
+                history = [float(d[where]) for d in deltas[key]]
+                want = by_the_paper("yogi", fed.method.options.fedopt_settings, float(start[key][where]), history)
+                assert got[where] == pytest.approx(want[-1], rel=1e-4, abs=1e-5), key
+            x[key] = fed.state[key]
         fed.deliver()
 
 

@@ -250,6 +250,10 @@ class Method:
         """Kinds that travel up after this round's training."""
         return self.travels | ({"head"} if self.options.head_travels else frozenset())
 
+    def drifting(self, round: int) -> frozenset[str]:
+        """Kinds that train in this round and reach the server: what clients can drift apart in."""
+        return self.trained(round) & self.shared(round)
+
     def rank(self, state: State, client: str) -> int:
         """The rank that a client has now, as far as the server knows."""
         return self.context.ranks[client]

@@ -65,7 +65,7 @@ class FedAWA(Method):
     has_global_model = True
     takes_means = False
     travels = frozenset({"A", "B", "norm"})
-    combines = frozenset({"proximal"})
+    combines = frozenset({"proximal", "fedopt"})
     options_type = FedAWAOptions
     options: FedAWAOptions
 

@@ -54,7 +54,7 @@ class FedLPP(Method):
     paper = "arXiv:2406.10976"
     has_global_model = True
     travels = frozenset({"A", "B", "norm"})
-    combines = frozenset({"proximal"})
+    combines = frozenset({"proximal", "scaffold", "fedopt"})
     options_type = FedLPPOptions
     options: FedLPPOptions
 
@@ -93,8 +93,11 @@ class FedLPP(Method):
 
     def full(self, state: State) -> Tensors:
         """S."""
-        common = super().reply(state, "")
-        return {**self.start(), **(common.tensors if common else {})}
+        return {name.removeprefix("global/"): state.get(name, tensor) for name, tensor in self.origin(state).items()}
+
+    def origin(self, state: State) -> Tensors:
+        """S before the first round, not the coarse copies of it that clients hold."""
+        return {f"global/{name}": state.get(f"start/{name}", tensor) for name, tensor in self.start().items()}
 
     def mixing(self, state: State, messages: Mapping[str, Message]) -> Tensor | None:
         """With a rate of 1 clients are meant to get the mean; what quantisation takes from it is the error."""

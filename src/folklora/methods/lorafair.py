@@ -67,7 +67,7 @@ class LoRAFAIR(Method):
     has_global_model = True
     takes_means = False
     travels = frozenset({"A", "B", "norm"})
-    combines = frozenset({"proximal"})
+    combines = frozenset({"proximal", "scaffold", "fedopt"})
     options_type = LoRAFAIROptions
     options: LoRAFAIROptions
 

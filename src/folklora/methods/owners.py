@@ -71,7 +71,7 @@ class Pairs(Method):
     has_global_model = True
     takes_means = False
     travels = frozenset({"A", "B", "norm"})
-    combines = frozenset({"proximal"})
+    combines = frozenset({"proximal", "fedopt"})
     options_type: ClassVar[type[Options]] = FedITOptions
 
     @cached_property
@@ -156,6 +156,9 @@ class Pairs(Method):
         scale = self.rank(state, client) / self.most
         factors = cut(self.pairs(state), self.given(state, client))
         return Message({**message.tensors, **{n: scale * t if kind(n) == "B" else t for n, t in factors.items()}})
+
+    def origin(self, state: State) -> Tensors:
+        return {**super().origin(state), **{f"global/{name}": tensor for name, tensor in self._start().items()}}
 
     def given(self, state: State, client: str) -> Chosen:
         """The pairs that a client gets; default: the first ones (truncation)."""

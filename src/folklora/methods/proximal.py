@@ -27,6 +27,6 @@ class Proximal(Method):
         return tuple(self._pulled(round, each) if each.branch == "" else each for each in super().work(round, client))
 
     def _pulled(self, round: int, work: Work) -> Work:
-        shared = self.shared(round)
-        anchor = {n: t for n, t in work.tensors.items() if n in work.trained and kind(n) in shared}
+        drifting = self.drifting(round)
+        anchor = {n: t for n, t in work.tensors.items() if n in work.trained and kind(n) in drifting}
         return replace(work, terms=replace(work.terms, anchor=anchor, proximal=self.options.proximal))

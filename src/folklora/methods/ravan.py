@@ -79,6 +79,7 @@ class Ravan(Method):
     trains = frozenset({"C", "gain", "head", "norm"})
     takes_means = False
     travels = frozenset({"H", "norm"})
+    combines = frozenset({"proximal", "fedopt"})
     options_type = RavanOptions
     options: RavanOptions
 
@@ -135,10 +136,18 @@ class Ravan(Method):
                 taken[f"gain/{site.name}"] = torch.ones(self.heads)
         return taken
 
+    def origin(self, state: State) -> Tensors:
+        whole = (self.heads, self.head_rank, self.head_rank)
+        return {**super().origin(state), **{f"global/H/{site.name}": torch.zeros(whole) for site in self.context.sites}}
+
     # -- which heads train ---------------------------------------------------------------------------------------
 
     def trained(self, round: int) -> frozenset[str]:
         return self.trains if self.options.gains == "trained" else self.trains - {"gain"}
+
+    def drifting(self, round: int) -> frozenset[str]:
+        """What becomes of it travels as one product."""
+        return super().drifting(round) | (self.trained(round) & {"C", "gain"})
 
     def work(self, round: int, client: Client) -> tuple[Work, ...]:
         """Local training of the chosen heads, which are noted for the message: ``index/<site>`` [budget] int32."""

@@ -13,8 +13,9 @@ Over the tensors that train in a round and travel; c is the server's control var
 
 Step 2 is true of plain gradient steps only, so momentum and AdamW are refused [paper: SGD]. Weight decay and clipping
 are then part of the gradient that c_k estimates. A tensor that stays home has no common drift, and no control variate
-[recon]. What a narrow ``message.dtype`` or ``message.top_k`` loses of dc adds up in c, unless
-``message.error_feedback`` makes up for it.
+[recon]. Clients count alike, so FedAWA, whose weights are learned, does not combine; nor does what averages other
+tensors than those that train (RAVAN's products), or not all of them (owners of pairs) [recon]. What a narrow
+``message.dtype`` or ``message.top_k`` loses of dc adds up in c, unless ``message.error_feedback`` makes up for it.
 
 On the wire: ``control/<name>`` beside each tensor both ways, and the number ``heard`` down. At the client, in its
 notes: ``control/c/<name>``, ``control/own/<name>`` (c_k), and dc with its round until it is acknowledged
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Shapes, Tensors, kind
 from folklora.errors import MethodError
-from folklora.methods.base import Method
+from folklora.methods.base import Method, blank
 from folklora.methods.contract import Client, Context, Message, State
 from folklora.methods.options import Options
 from folklora.methods.work import Trained, Work
@@ -71,7 +72,7 @@ class Scaffold(Method):
         c, trained = _of(client.notes, "control/c/"), results[""]
         notes = {n: t for n, t in client.notes.items() if not n.startswith("control/sent/")}
         for name, x in client.tensors.items():
-            if kind(name) in self._controlled(round):
+            if kind(name) in self.drifting(round):
                 way = (x.double() - trained.tensors[name].double()) / trained.way(name)
                 notes[f"control/sent/{name}"] = (way - c[name].double() if name in c else way).float()
         notes["control/round"] = torch.tensor(round)
@@ -101,7 +102,7 @@ class Scaffold(Method):
 
     def expected(self, round: int, state: State, client: str) -> Shapes:
         shapes = super().expected(round, state, client)
-        kinds = self._controlled(round)
+        kinds = self.drifting(round)
         return {**shapes, **{f"control/{name}": shape for name, shape in shapes.items() if kind(name) in kinds}}
 
     def check_update(self, round: int, state: State, client: str, message: Message) -> None:
@@ -137,14 +138,14 @@ class Scaffold(Method):
 
     def typical_reply(self, round: int, client: str) -> Message | None:
         message = super().typical_reply(round, client)
-        return None if message is None else replace(message, numbers={**message.numbers, "heard": 0.0})
+        if message is None:
+            return None
+        controls = blank({name: s for name, s in self.expected(round, {}, client).items() if kind(name) == "control"})
+        return Message({**message.tensors, **controls}, {**message.numbers, "heard": 0.0}, message.encodings)
 
     def global_model(self, state: State, client: str, tensors: Tensors) -> Tensors | None:
         model = super().global_model(state, client, tensors)
         return None if model is None else {n: tensor for n, tensor in model.items() if kind(n) != "control"}
-
-    def _controlled(self, round: int) -> frozenset[str]:
-        return self.trained(round) & self.shared(round)
 
 
 def _of(tensors: Tensors, prefix: str) -> Tensors:

@@ -15,6 +15,11 @@ Each shared tensor has moments of its own; one that did not travel in a round (R
 [recon]. The model before round 1 is what all clients start from. Where cores of several ranks are averaged padded, it
 is the start of the client of largest rank [recon].
 
+Where a server says more than a mean (FedAWA's learned weights, LoRA-FAIR's corrected B, each pair's mean over its
+owners, RAVAN's heads), what it would have said stands in the mean's place; a pair or head that nobody trained has
+Delta = 0 and only its momentum left. FedLPP's x is the model that the server keeps, not the copies it sends [recon].
+FLoRA and FedEx have no such x: what they add to the frozen weights is meant to be exact.
+
 The new model is not meant to be the mean, so no `aggregation_error` is measured.
 """
 

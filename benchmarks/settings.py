@@ -59,24 +59,21 @@ def settings(data: Path, made: Path) -> dict[str, Setting]:
         snips = {"source": str(folder / "train.jsonl"), "test": str(folder / "validate.jsonl"), "label": "intent"}
         sources["snips"] = {**snips, "limit": 700, "test_limit": 350}
     if (folder := data / "goemotions").exists():
-        sources["goemotions"] = {**goemotions(folder, made), "limit": 1500, "test_limit": 600}
+        sources["goemotions"] = {**goemotions(folder, made), "limit": 700, "test_limit": 350}
     found: dict[str, Setting] = {}
-    for clients, train in ((10, TRAIN), (50, {**TRAIN, **MANY})):
-        for alpha in (0.5, 0.1):
-            for source, section in sources.items():
-                if clients == 50 and alpha == 0.1 and source != "banking77":
-                    continue  # a few classes drawn so unevenly leave some of fifty clients nothing
-                name = f"{source} dirichlet {alpha}" + (f" ({clients} clients)" if clients != 10 else "")
-                skew = {"clients": clients, "partition": "dirichlet", "alpha": alpha}
-                # Snips with 700 examples would leave fifty clients nothing to be tested on.
-                more = {"limit": 1500, "min_examples": 8} if clients == 50 else {}
-                found[name] = Setting(name, {**section, **skew, **more}, train)
+    for alpha in (0.5, 0.1):
+        for source, section in sources.items():
+            name = f"{source} dirichlet {alpha}"
+            found[name] = Setting(name, {**section, "clients": 10, "partition": "dirichlet", "alpha": alpha}, TRAIN)
+    name = "banking77 dirichlet 0.5 (50 clients)"
+    skew = {"clients": 50, "partition": "dirichlet", "alpha": 0.5, "min_examples": 8}
+    found[name] = Setting(name, {**sources["banking77"], **skew}, {**TRAIN, **MANY})
     name = "banking77 disjoint labels"
     section = {"source": str(disjoint(made)), "limit": 1500, "test_limit": 600}
     found[name] = Setting(name, {**section, "partition": "natural", "by": "tenth"}, TRAIN)
     if (folder := data / "sgd").exists():
         name = "sgd by service"
-        section = {"source": str(services(folder, made)), "limit": 1500, "label": "intent"}
+        section = {"source": str(services(folder, made)), "limit": 700, "label": "intent"}
         found[name] = Setting(name, {**section, "partition": "natural", "by": "service"}, TRAIN)
     return found
 

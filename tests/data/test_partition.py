@@ -448,3 +448,56 @@ def test_warnings_come_through_logging_only(caplog: pytest.LogCaptureFixture, re
         partition(TABLE, DataSection(partition="pathological", clients=2, classes_per_client=1), 0)
     assert len(caplog.records) == 1
     assert not recwarn.list
+
+
+# Captions
+
+
+def captioned(counts: list[int], labels: list[int], groups: list[str] | None = None, *, mixed: int | None = 0) -> Table:
+    """Picture i with ``counts[i]`` captions and one label, its captions strewn over the table."""
+    which = np.repeat(np.arange(len(counts)), counts)
+    if mixed is not None:
+        which = np.random.default_rng(mixed).permutation(which)
+    pictures = [np.full((2, 3, 3), i, dtype=np.uint8) for i in range(len(counts))]
+    inputs = [(pictures[i].copy(), f"caption {row}") for row, i in enumerate(which)]
+    classes = tuple(str(label) for label in range(max(labels) + 1))
+    return Table(inputs, np.array(labels)[which], classes, groups and [groups[i] for i in which])
+
+
+def picture(table: Table, rows: np.ndarray) -> set[int]:
+    return {int(table.inputs[row][0][0, 0, 0]) for row in rows}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 5), min_size=40, max_size=60),
+    kind=st.sampled_from(["iid", "dirichlet", "shards", "natural"]),
+    seed=st.integers(0, 99),
+)
+def test_captions_of_a_picture_are_never_parted(counts: list[int], kind: str, seed: int) -> None:
+    labels = [i % 3 for i in range(len(counts))]
+    table = captioned(counts, labels, [f"g{i % 4}" for i in range(len(counts))], mixed=seed)
+    options = {"partition": kind, "clients": 4, "min_examples": 3, "alpha": 5.0, "shards_per_client": 2}
+    clients = partition(table, DataSection(**options, **({"by": "who"} if kind == "natural" else {})), seed)
+    parts = [picture(table, rows) for of in clients.values() for rows in (of.train, of.validation, of.test)]
+    assert sum(map(len, parts)) == len(set().union(*parts))  # each picture is in one part of one client
+    rows = [row for of in clients.values() for row in everything(of)]
+    assert len(rows) == len(set(rows))
+    if kind != "shards":  # which leaves a remainder
+        assert len(rows) == sum(counts)
+    assert all(len(part) for part in parts)
+
+
+def test_one_caption_a_picture_is_split_as_examples_are() -> None:
+    """Whatever the pictures: nothing changes for those who have no second caption."""
+    labels = [i % 3 for i in range(60)]
+    plain = Table([f"text {i}" for i in range(60)], np.array(labels), ("0", "1", "2"), None)
+    section = DataSection(partition="dirichlet", clients=4, min_examples=5, alpha=5.0)
+    one, other = partition(plain, section, 3), partition(captioned([1] * 60, labels, mixed=None), section, 3)
+    assert all(np.array_equal(getattr(of, p), getattr(other[c], p)) for c, of in one.items() for p in vars(of))
+
+
+def test_a_client_with_two_pictures_cannot_be_split() -> None:
+    table = captioned([3] * 8, [0, 1] * 4, ["a", "a", *"bbbbbb"])
+    with pytest.raises(DataError, match=r"client 'a' has 6 captions of 2 pictures; allowed: three pictures or more"):
+        partition(table, DataSection(partition="natural", by="who", min_examples=3), 0)

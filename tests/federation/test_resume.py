@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from folklora.errors import FolkLoraError, RecipeError, RunError
 from folklora.federation import setup
+from folklora.federation.handover import export
 from folklora.federation.rounds import Silent
-from folklora.federation.run import client_model, resume, run
+from folklora.federation.run import client_models, resume, run
 from folklora.federation.rundir import RunDirectory
 from folklora.recipe import Recipe
 
@@ -273,7 +275,29 @@ def test_data_that_changed_under_a_run_is_refused(change: str, stopped: Path, fi
     path.write_text("\n".join([header, *changed]) + "\n")
     assert "the data is not what this run started with" in refusal(stopped)
     with pytest.raises(RunError, match="the data is not what this run started with"):
-        client_model(stopped, "0")
+        client_models(stopped)
+
+
+def test_models_are_handed_on_where_the_data_is_not(finished: Path, tmp_path: Path) -> None:
+    """A run that was moved to another machine: nothing but its own folder and the backbone is read."""
+    moved, here = tmp_path / "moved", client_models(finished)
+    shutil.copytree(finished, moved)
+    text = (moved / "recipe.toml").read_text()
+    (moved / "recipe.toml").write_text(text.replace(str(finished.parent / "data"), str(tmp_path / "nowhere")))
+    with pytest.raises(FolkLoraError, match="nowhere"):
+        client_models(moved)
+    there = client_models(moved, rows=False)
+    assert list(there) == list(here)
+    for client, model in there.items():
+        assert model.rank == here[client].rank
+        assert set(model.tensors) == set(here[client].tensors)
+        assert all(torch.equal(tensor, here[client].tensors[name]) for name, tensor in model.tensors.items())
+    for tuned in (False, True):
+        export(moved, "1", tmp_path / f"adapter-{tuned}", tuned=tuned)
+        assert (tmp_path / f"adapter-{tuned}" / "adapter_config.json").exists()
+    (moved / "partition.json").write_text("{}")
+    with pytest.raises(RunError, match=r"moved: partition\.json: fingerprint"):
+        client_models(moved, rows=False)
 
 
 def test_data_that_changed_within_a_process_is_read_again(stopped: Path, finished: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ domain, not in label.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -54,7 +55,8 @@ def partition(table: Table, section: DataSection, seed: int) -> dict[str, Split]
     ``data.min_examples``, which are dropped (``data.clients`` has no meaning there); under ``pathological`` the classes
     (or values of ``data.by``) that no client was given; under ``shards`` fewer than ``clients * shards_per_client``
     examples, drawn at random, so that all shards are equal. Whatever clients differ in, each client's own split is
-    stratified by label.
+    stratified by label. Captions of one picture stay together (`pictures_of`), with one client and in one part of its
+    split; under ``natural`` the column decides who has them.
 
     Raises
     ------
@@ -62,16 +64,43 @@ def partition(table: Table, section: DataSection, seed: int) -> dict[str, Split]
         The examples cannot be shared like that; one line says what is allowed.
     """
     clients = _natural(table, section) if section.partition == "natural" else deal(table, section, seed)
-    return {client: own_split(table.labels, indices, section, seed, client) for client, indices in clients.items()}
+    pictures = pictures_of(table)
+    return {client: own_split(table, indices, section, seed, client, pictures) for client, indices in clients.items()}
 
 
-def own_split(labels: np.ndarray, indices: np.ndarray, section: DataSection, seed: int, client: str) -> Split:
-    """One client's examples as `[data]` has them: `split`, of which some are trained on (`few`, then `part`)."""
-    whole = split(labels, indices, section.validation, section.test_fraction, seed, client)
-    return part(few(whole, labels, section.shots, seed, client), section.train_share, seed, client)
+def pictures_of(table: Table) -> np.ndarray | None:
+    """``[n]`` int64: the first example with the same picture, where pictures have several captions; else None.
+
+    Parted, a caption that was trained on would tell of a picture that is tested on.
+    """
+    if not table.inputs or not (isinstance(table.inputs[0], tuple) and isinstance(table.inputs[0][0], np.ndarray)):
+        return None
+    first: dict[tuple[tuple[int, ...], bytes], int] = {}
+    seen = ((picture.shape, hashlib.sha256(picture.tobytes()).digest()) for picture, _ in table.inputs)
+    found = np.array([first.setdefault(key, row) for row, key in enumerate(seen)], dtype=np.int64)
+    return found if len(first) < len(found) else None
 
 
-def split(labels: np.ndarray, indices: np.ndarray, validation: float, test: float, seed: int, client: str) -> Split:
+def own_split(
+    table: Table, indices: np.ndarray, section: DataSection, seed: int, client: str, pictures: np.ndarray | None
+) -> Split:
+    """One client's examples as `[data]` has them: `split`, of which some are trained on (`few`, then `part`).
+
+    ``pictures`` are the table's, as `pictures_of` gives them.
+    """
+    whole = split(table.labels, indices, section.validation, section.test_fraction, seed, client, pictures)
+    return part(few(whole, table.labels, section.shots, seed, client), section.train_share, seed, client)
+
+
+def split(
+    labels: np.ndarray,
+    indices: np.ndarray,
+    validation: float,
+    test: float,
+    seed: int,
+    client: str,
+    pictures: np.ndarray | None = None,
+) -> Split:
     """Split one client's examples into train, validation and test, stratified.
 
     Test and validation have ``round(n * fraction)`` examples, at least one each and leaving at least one to train.
@@ -86,12 +115,31 @@ def split(labels: np.ndarray, indices: np.ndarray, validation: float, test: floa
         ``[n]`` labels of the whole table.
     indices
         The client's examples, at least 3, in any order.
+    pictures
+        ``[n]``: equal for examples that stay together, as `pictures_of` gives them. What is split and counted then are
+        the pictures, each under the label of its first example.
+
+    Raises
+    ------
+    DataError
+        The examples are of fewer than 3 pictures.
 
     Returns
     -------
     Split
         A function of ``(seed, client)`` and the arguments alone: other clients do not matter.
     """
+    if pictures is not None:
+        indices = np.sort(indices)
+        names, places = np.unique(pictures[indices], return_index=True)
+        if len(names) < 3:
+            raise DataError(
+                f"client {client!r} has {len(indices)} captions of {len(names)} pictures; allowed: three pictures or "
+                "more, since captions of one stay together and each of train, validation and test has one"
+            )
+        whole = split(labels, indices[places], validation, test, seed, client)
+        together = (np.isin(pictures[indices], pictures[of]) for of in (whole.train, whole.validation, whole.test))
+        return Split(*(indices[chosen] for chosen in together))
     count = len(indices)
     rng = numpy_generator(seed, "split", client)
     shuffled = rng.permutation(np.sort(indices))
@@ -175,6 +223,12 @@ def deal(table: Table, section: DataSection, seed: int) -> dict[str, np.ndarray]
     """
     from flwr_datasets.partitioner import IidPartitioner
 
+    if (pictures := pictures_of(table)) is not None:
+        heads = np.unique(pictures)
+        groups = None if table.groups is None else [table.groups[row] for row in heads]
+        one_each = Table([table.inputs[row] for row in heads], table.labels[heads], table.classes, groups)
+        shares_of_pictures = deal(one_each, section, seed)
+        return {client: np.flatnonzero(np.isin(pictures, heads[share])) for client, share in shares_of_pictures.items()}
     count, least = section.clients, section.min_examples
     if count * least > len(table):
         raise DataError(

@@ -96,7 +96,7 @@ def predict(
         Request(client, picture=picture, name=str(image), texts=tuple(texts))
         for image, picture in zip(images, pictures, strict=True)
     ] or [Request(client, text) for text in texts]
-    return respond({client: at_depth(path, client_model(path, client), depth)}, asked, precision)
+    return respond({client: at_depth(path, client_model(path, client, rows=False), depth)}, asked, precision)
 
 
 def _refuse_other(recipe: Recipe, texts: Sequence[str], images: Sequence[str | Path]) -> None:

@@ -110,4 +110,6 @@ def open_conversation(
     task = recipe_of(path).model.task
     if task != "causal-lm":
         raise RunError(f'{path}: model.task = "{task}" writes no text; allowed: a run with model.task = "causal-lm"')
-    return Conversation(client_model(path, client, tuned=tuned), max_new_tokens=max_new_tokens, sampling=sampling)
+    return Conversation(
+        client_model(path, client, tuned=tuned, rows=False), max_new_tokens=max_new_tokens, sampling=sampling
+    )

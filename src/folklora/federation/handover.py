@@ -29,7 +29,7 @@ def export(path: str | Path, client: str, to: str | Path, *, tuned: bool = False
         What the folder names as its base model; default: the backbone as it is called on this machine, which may be a
         path.
     """
-    model = client_model(path, client, tuned=tuned)
+    model = client_model(path, client, tuned=tuned, rows=False)
     setup = model.setup
     base = base or find(setup.recipe.model.name)
     transposed = setup.task.backbone.transposed
@@ -56,7 +56,7 @@ def merge(path: str | Path, client: str, to: str | Path, *, tuned: bool = False)
                 "on; allowed: `folklora export`"
             )
     with whole_folder(to) as folder:
-        model: ClientModel = client_model(path, client, tuned=tuned)
+        model: ClientModel = client_model(path, client, tuned=tuned, rows=False)
         setup = model.setup
         setup.method.adapter.refuse_folding()
         save_merged(folder, setup.recipe.model.name, section.task, setup.method.adapter, model.tensors)

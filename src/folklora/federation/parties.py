@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from folklora.data.partition import Split, own_split
+from folklora.data.partition import Split, own_split, pictures_of
 from folklora.data.sources import agreed_classes, load, load_test
 from folklora.data.table import Table
 from folklora.errors import BackboneError, DataError, RecipeError
@@ -130,7 +130,7 @@ def member_setup(recipe: Recipe, client: str, clients: Sequence[str], classes: S
     if len(table) < section.min_examples:
         raise DataError(f"{own.data}: {len(table)} rows; allowed: data.min_examples = {section.min_examples} or more")
     rows = np.arange(len(table))
-    parts = own_split(table.labels, rows, section, recipe.seed, client)
+    parts = own_split(table, rows, section, recipe.seed, client, pictures_of(table))
     return _setup(recipe, ranks, table, {client: parts}, None)
 
 
@@ -159,7 +159,7 @@ def _setup(
     refuse_unsound(recipe, method)
     refuse_unmaskable(recipe, method)
     refuse_unmixable(recipe, method)
-    encoded, test_encoded = task.encode(table.inputs), task.encode(test.inputs) if test else []
+    encoded, test_encoded = (task.encode(each.inputs) if each and each.inputs else [] for each in (table, test))
     frozen = cache(lambda depth=None: torch.from_numpy(features(task, encoded, depth=depth)))
     data = FederatedData(table, splits, test)
     return Setup(recipe, data, task, method, lambda: (encoded, test_encoded), frozen, joining, depths)

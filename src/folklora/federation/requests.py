@@ -62,7 +62,7 @@ def predict_requests(
     asked = read_requests(Path(requests), recipe_of(path), clients_of(path))
     if out is not None:
         _refuse_unwritable(Path(out))
-    models = client_models(path, list(dict.fromkeys(request.client for request in asked)))
+    models = client_models(path, list(dict.fromkeys(request.client for request in asked)), rows=False)
     found = [
         {CLIENT: request.client, **_renamed(answer, models[request.client].setup.recipe)}
         for request, answer in zip(asked, respond(models, asked, precision), strict=True)

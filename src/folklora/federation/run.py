@@ -20,8 +20,8 @@ import transformers
 from folklora import __version__
 from folklora.adapters.lowrank import Tensors
 from folklora.backbones.metric import Metric, same_metric
-from folklora.data.partition import to_json
-from folklora.errors import MessageError, RecipeError, RunError
+from folklora.data.partition import from_json, to_json
+from folklora.errors import DataError, MessageError, RecipeError, RunError
 from folklora.federation.contract import CONTRACT, Contract
 from folklora.federation.engine import Engine
 from folklora.federation.faults import with_faults
@@ -29,6 +29,7 @@ from folklora.federation.folder import MemberFolder
 from folklora.federation.intake import intake_of
 from folklora.federation.local import LocalEngine
 from folklora.federation.newcomers import settle_in
+from folklora.federation.parties import rowless_setup
 from folklora.federation.poison import aftermath, with_liars
 from folklora.federation.rounds import Progress, Rounds, Silent
 from folklora.federation.rundir import RunDirectory
@@ -95,6 +96,24 @@ def _prepared(directory: RunDirectory) -> Setup:
     setup = prepare(directory.recipe, encoding=False)
     refuse_other_data(directory, setup)
     return setup
+
+
+def _without_rows(directory: RunDirectory) -> Setup:
+    """What the models of an existing run need to be used; its examples may lie somewhere else by now."""
+    recipe, (clients, classes) = directory.recipe, _agreed(directory)
+    return rowless_setup(recipe, clients, classes, recipe.model.name)
+
+
+def _agreed(directory: RunDirectory) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The clients of a run in their order, and its classes, as ``partition.json`` has them."""
+    saved = directory.path / "partition.json"
+    try:
+        _, classes, splits, _ = from_json(saved.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{saved}: cannot be read: {error}") from None
+    except DataError as error:
+        raise RunError(f"{directory.path}: {error}") from None
+    return tuple(splits), classes
 
 
 def refuse_other_data(directory: RunDirectory, setup: Setup) -> None:
@@ -268,23 +287,27 @@ class ClientModel:
     steps: int | None = None
 
 
-def client_model(path: str | Path, client: str, *, tuned: bool = False) -> ClientModel:
+def client_model(path: str | Path, client: str, *, tuned: bool = False, rows: bool = True) -> ClientModel:
     """The model a client ended with: after the server's last reply, or (``tuned``) after its own last training.
 
-    ``path`` is a run directory or, of a network run, the folder that a member keeps of it.
+    ``path`` is a run directory or, of a network run, the folder that a member keeps of it. ``rows`` as `client_models`.
 
     Raises
     ------
     RunError
         If the run has no such client or nothing committed yet.
     """
-    return client_models(path, [client], tuned=tuned)[client]
+    return client_models(path, [client], tuned=tuned, rows=rows)[client]
 
 
 def client_models(
-    path: str | Path, clients: Sequence[str] | None = None, *, tuned: bool = False
+    path: str | Path, clients: Sequence[str] | None = None, *, tuned: bool = False, rows: bool = True
 ) -> dict[str, ClientModel]:
-    """The same of several clients (default: of all), in their order; the run is read once, and all share a setup."""
+    """The same of several clients (default: of all), in their order; the run is read once, and all share a setup.
+
+    ``rows`` says whether that setup holds the run's examples, which must then still be what they were; who only uses
+    the models asks for none. Where there are newcomers they are read anyway: their models begin with their own data.
+    """
     if (brief := MemberFolder(Path(path)).brief()) is not None:
         for client in clients or ():
             if client != brief.client:
@@ -292,7 +315,7 @@ def client_models(
         setup, tensors, steps = own_model(MemberFolder(Path(path)), brief, tuned=tuned)
         return {brief.client: ClientModel(setup, brief.client, setup.method.adapter.rank(tensors), tensors, steps)}
     directory = _local(path)
-    setup = _prepared(directory)
+    setup = _prepared(directory) if rows or directory.recipe.newcomers.share else _without_rows(directory)
     wanted = list(setup.data.splits) if clients is None else list(dict.fromkeys(clients))
     for client in wanted:
         if client not in setup.data.splits:
@@ -347,7 +370,7 @@ def clients_of(path: str | Path) -> tuple[str, ...]:
     """Whose models `client_models` gives; RunError where those are elsewhere."""
     if (brief := MemberFolder(Path(path)).brief()) is not None:
         return (brief.client,)
-    return tuple(data_of(_local(path).recipe).splits)
+    return _agreed(_local(path))[0]
 
 
 def _local(path: str | Path) -> RunDirectory:

@@ -105,19 +105,20 @@ THEN = (
     "banking77 dirichlet 0.1",
     "goemotions dirichlet 0.5",
     "sgd by service",
-    "banking77 dirichlet 0.5 (50 clients)",
     "snips dirichlet 0.5",
     "goemotions dirichlet 0.1",
 )
+MANY = ("banking77 dirichlet 0.5 (50 clients)",)
 LAST = ("banking77 disjoint labels",)
 STAGES: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("methods", FIRST, (0,)),
     ("methods", FIRST, (1, 2)),
-    ("methods", THEN, (0,)),
+    ("methods", (*THEN, *MANY), (0,)),
     ("methods", THEN, (1, 2)),
     ("ranks", FIRST[:1], (0, 1, 2)),
     ("equal bytes", ("snips dirichlet 0.5",), (0, 1, 2)),
     ("ablations", FIRST[:1], (0, 1, 2)),
+    ("methods", MANY, (1, 2)),
     ("equal bytes", ("goemotions dirichlet 0.5",), (0, 1, 2)),
     ("methods", LAST, (0, 1, 2)),
     ("ablations", LAST, (0, 1, 2)),

@@ -9,7 +9,7 @@ from typing import Literal
 from folklora.errors import RunError
 from folklora.federation.depths import Depths, choose
 from folklora.federation.folder import MemberFolder
-from folklora.federation.run import ClientModel
+from folklora.federation.run import ClientModel, client_model
 from folklora.federation.rundir import RunDirectory
 from folklora.training.prediction import Question
 
@@ -57,6 +57,7 @@ def at_depth(path: str | Path, model: ClientModel, depth: int | Literal["auto"] 
     directory = RunDirectory.open(path)
     if chose and directory.finished:
         return model
+    setup = client_model(path, model.client).setup  # with the examples to choose by
     section, client = setup.recipe.depth, model.client
     train = section.train or tuple(range(1, most + 1))
     depths = Depths(most, {client: most}, train, True, section.tolerance)

@@ -106,8 +106,8 @@ def test_a_diverged_client_says_nothing_and_harms_nobody(
     path = written(tmp_path, rows)
     before = predict_requests(run, path)
 
-    def diverged(*arguments: Any) -> Any:
-        models = client_models(*arguments)
+    def diverged(*arguments: Any, **named: Any) -> Any:
+        models = client_models(*arguments, **named)
         for tensor in models["1"].tensors.values():
             tensor.fill_(torch.inf)
         return models

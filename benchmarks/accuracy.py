@@ -115,11 +115,11 @@ STAGES: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("methods", FIRST, (1, 2)),
     ("methods", (*THEN, *MANY), (0,)),
     ("methods", THEN, (1, 2)),
-    ("equal bytes", ("snips dirichlet 0.5",), (0, 1, 2)),
+    ("equal bytes", ("sgd by service",), (0, 1, 2)),
     ("ranks", FIRST[:1], (0, 1, 2)),
     ("ablations", FIRST[:1], (0, 1, 2)),
+    ("equal bytes", FIRST[:1], (0, 1, 2)),
     ("methods", MANY, (1, 2)),
-    ("equal bytes", ("goemotions dirichlet 0.5",), (0, 1, 2)),
     ("methods", LAST, (0, 1, 2)),
     ("ablations", LAST, (0, 1, 2)),
 )
@@ -349,14 +349,14 @@ class Bench(Store):
                     rows[cell.key] = {**row, **known, "lr": float(entry.rpartition("=")[2])}
             # Settings whose data is not at hand here keep their rows, and their place in the plan.
             rows |= {key: row for key, row in self.held.items() if key[0] not in self.found}
-            described = self.described(cells, rates)
+            described, ran = self.described(cells, rates), {key[0] for key in rows}
             for name, old in before.get("settings", {}).items():
                 if name == "parts":
                     for part, settings_ in old.items():
-                        absent = {k: v for k, v in settings_.items() if k not in self.found}
+                        absent = {k: v for k, v in settings_.items() if k not in self.found and k in ran}
                         described["parts"][part] = {**absent, **described["parts"].get(part, {})}
                 elif name in ("examples", "settings"):
-                    described[name] = {**old, **described[name]}
+                    described[name] = {**{k: v for k, v in old.items() if k in ran}, **described[name]}
             if write:
                 self.write("accuracy", {"settings": described, "rows": list(rows.values())})
         return list(rows.values())

@@ -157,8 +157,8 @@ def bytes_cells(rows: Sequence[Row]) -> list[str]:
 
 
 def settings() -> str:
-    """Where the examples of each setting come from, and how long is trained."""
-    results = accuracy_results()
+    """Where the examples of each setting come from, how long is trained, and what is right without reading them."""
+    results, floor = accuracy_results(), (load("majority") or {"rows": []})["rows"]
     lines = []
     for name, told in results.described.get("settings", {}).items():
         if told["partition"] == "natural":
@@ -167,10 +167,9 @@ def settings() -> str:
             split = f"{told['partition']} {told['alpha']:g}, {told['clients']} clients"
         sampled = f"{100 * told.get('participation', 1.0):g} %"
         done = sum(name == row["setting"] for row in results.rows)
-        lines.append(
-            [name, split, str(told["limit"]), str(told["rounds"]), sampled, str(told["batch_size"]), str(done)]
-        )
-    header = ["setting", "split", "examples", "rounds", "clients in a round", "batch", "runs done"]
+        blind = [percent(row[whose] for row in floor if row["setting"] == name) for whose in ("everybody", "own")]
+        lines.append([name, split, *(str(told[key]) for key in ("limit", "rounds")), sampled, *blind, str(done)])
+    header = ["setting", "split", "examples", "rounds", "clients in a round", "one label", "its own label", "runs done"]
     return markdown(header, sorted(lines, key=lambda line: _mild_first(line[0])), left=2)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
-from table_parts import NOT_RUN, Row, label, load, markdown, percent, picture
+from table_parts import NOT_RUN, Row, counted, label, load, markdown, percent, picture
 
 from folklora.methods import METHODS as REGISTRY
 from folklora.methods.base import Method
@@ -386,7 +386,7 @@ def ranked(scores: Scores) -> str:
         first = int(firsts[scores.methods.index(place.method)])
         lines.append([label(place.method), f"{place.mean:.1f}", interval, str(first), "≈" if place.level else "behind"])
     text = markdown(["method", "mean rank", "95 % interval", "times first", "against the first"], lines)
-    told = [f"{len(scores.methods)} methods in {settings} settings, {blocks} blocks of setting and seed."]
+    told = [f"{len(scores.methods)} methods in {counted(settings, 'setting')}, {blocks} blocks of setting and seed."]
     difference = rank_difference(scores)
     if difference is not None:
         told.append(f"Mean ranks less than {difference:.1f} apart are level (Tukey).")

@@ -205,8 +205,8 @@ def mean_ranks(scores: Scores, what: str) -> Figure | None:
         ax.set_xlim(0.5, len(places) + 1.2)
         step = max(1, round(len(places) / 8))
         ax.set_xticks([1, *range(1 + step, len(places) + 1, step)])
-        settings, blocks = len(set(scores.settings)), len(scores.values)
-        ax.set_xlabel(f"mean rank (1 is best) over {settings} settings, {blocks} blocks of setting and seed")
+        settings, blocks = table_parts.counted(len(set(scores.settings)), "setting"), len(scores.values)
+        ax.set_xlabel(f"mean rank (1 is best) over {settings}, {blocks} blocks of setting and seed")
         told = [Line2D([], [], color=theme.palette[0], marker="o", markersize=7, linewidth=2.2)]
         words = ["level with the first (shaded: Tukey, 95 %)"]
         if not all(place.level for place in places):

@@ -42,6 +42,11 @@ def spread(values: Iterable[float], form: Callable[[float], str], planned: int =
     return text if len(found) >= planned else f"{text} ({len(found)} of {planned})"
 
 
+def counted(count: int, what: str) -> str:
+    """``1 setting``, ``2 settings``."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
 def decimals(digits: int) -> Callable[[float], str]:
     """A form of numbers for `spread`."""
     return lambda value: f"{value:.{digits}f}"

@@ -102,7 +102,7 @@ def test_mean_ranks_are_of_the_common_rank_and_say_what_they_leave_out(results: 
     text = tables.TABLES["mean-ranks"][1]()
     assert set(lines(text)) == {"method", "---", "local", "fedit", "celora"}
     assert lines(text)["local"][0] == "3.0"
-    assert "3 methods in 1 settings, 3 blocks" in text
+    assert "3 methods in 1 setting, 3 blocks" in text
     assert "Left out, since something is missing: no method; 1 blocks." in text
 
 

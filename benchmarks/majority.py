@@ -19,7 +19,7 @@ from _common import publish
 from accuracy import SEEDS
 from settings import settings
 
-from folklora.data.partition import Split
+from folklora.data.split import Split
 from folklora.federation.setup import data_of
 
 

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from folklora.data.augmentation.choose import KINDS, Augmenter
 from folklora.data.augmentation.sketch import unpacked
-from folklora.data.partition import Split, partition
+from folklora.data.partition import partition
 from folklora.data.sources import fingerprint, load
+from folklora.data.split import Split
 from folklora.data.table import Table
 from folklora.federation.codec import decode, encode
 from folklora.federation.setup import context, task_of

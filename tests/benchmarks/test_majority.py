@@ -5,7 +5,7 @@ from __future__ import annotations
 import majority
 import numpy as np
 
-from folklora.data.partition import Split
+from folklora.data.split import Split
 
 
 def test_the_common_label_is_of_training_examples_and_its_share_of_test_examples() -> None:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from folklora.data.drift import drifted
-from folklora.data.partition import Split, from_json, partition, to_json
+from folklora.data.partition import partition
+from folklora.data.partition_file import from_json, to_json
+from folklora.data.split import Split
 from folklora.data.table import ONE_CLASS, Table
 from folklora.errors import DataError
 from folklora.recipe import Recipe

@@ -1,8 +1,7 @@
-"""Sharing and splitting: counted by hand, not by the code under test."""
+"""Sharing: counted by hand, not by the code under test."""
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
@@ -13,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folklora.data.partition import Split, from_json, histogram, partition, split, to_json
+from folklora.data.partition import partition
+from folklora.data.partition_file import from_json, to_json
 from folklora.data.sources import Table, fingerprint
+from folklora.data.split import Split, histogram
 from folklora.data.table import ONE_CLASS
 from folklora.errors import DataError
 from folklora.sections import DataSection
@@ -301,146 +302,6 @@ for kind in ("iid", "dirichlet", "pathological", "shards", "natural"):
     assert "it [" not in done.stderr  # tqdm's bar
     left = {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*") if p.is_file()}
     assert left <= {"matplotlib"}
-
-
-# Splitting one client
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    labels=st.lists(st.integers(0, 6), min_size=3, max_size=120),
-    validation=st.floats(0.01, 0.9),
-    test=st.floats(0.01, 0.9),
-    seed=st.integers(0, 2**63 - 1),
-)
-def test_split_is_a_partition_in_proportion(labels: list[int], validation: float, test: float, seed: int) -> None:
-    array = np.array(labels)
-    indices = np.arange(len(array))
-    of = split(array, indices, validation, test, seed, "c")
-    assert sorted(everything(of)) == indices.tolist()
-    assert min(len(of.train), len(of.validation), len(of.test)) >= 1
-    n = len(array)
-    if validation + test < 0.9 and n * (1 - validation - test) > 2:
-        assert abs(len(of.test) - n * test) <= max(0.5, 1 - n * test) + 1e-9
-        assert abs(len(of.validation) - n * validation) <= max(0.5, 1 - n * validation) + 1e-9
-    for label in set(labels):
-        members = (array == label).sum()
-        in_test, in_validation = ((array[part] == label).sum() for part in (of.test, of.validation))
-        assert abs(in_test - members * len(of.test) / n) < 1
-        left = n - len(of.test)
-        assert abs(in_validation - (members - in_test) * len(of.validation) / left) < 1
-
-
-def test_split_of_a_client_depends_on_nothing_else() -> None:
-    labels = np.tile(np.arange(4), 30)
-    mine = np.arange(10, 70)
-    base = split(labels, mine, 0.1, 0.2, 0, "a")
-    assert (len(base.train), len(base.validation), len(base.test)) == (42, 6, 12)
-    shuffled = split(labels, mine[::-1], 0.1, 0.2, 0, "a")
-    assert everything(shuffled) == everything(base)
-    assert everything(split(labels, mine, 0.1, 0.2, 1, "a")) != everything(base)
-    assert everything(split(labels, mine, 0.1, 0.2, 0, "b")) != everything(base)
-
-
-def test_rare_classes_reach_every_part_with_the_probability_of_its_fraction() -> None:
-    labels = np.array([0] * 19 + [1])
-    counts = np.zeros(3)
-    for seed in range(600):
-        of = split(labels, np.arange(20), 0.1, 0.2, seed, "c")
-        counts += [19 in of.train, 19 in of.validation, 19 in of.test]
-    np.testing.assert_allclose(counts / 600, [0.7, 0.1, 0.2], atol=0.07)  # more than three standard deviations
-
-
-def test_the_order_of_examples_within_a_class_is_random() -> None:
-    labels = np.zeros(100, dtype=np.int64)
-    chosen = np.zeros(100)
-    for seed in range(300):
-        chosen[split(labels, np.arange(100), 0.1, 0.2, seed, "c").test] += 1
-    assert 0 < chosen.min() <= chosen.max() < 120  # 60 each, a standard deviation of 7
-    steps = np.diff(split(labels, np.arange(100), 0.1, 0.2, 0, "c").test)
-    assert len(set(steps.tolist())) > 1  # not every fifth
-
-
-def test_natural_client_splits_do_not_depend_on_other_clients() -> None:
-    section = DataSection(partition="natural", by="w")
-    one = partition(make_table([20, 20], ["a"] * 40), section, 0)
-    two = partition(make_table([20, 20, 15], ["a"] * 40 + ["b"] * 15), section, 0)
-    assert everything(one["a"]) == everything(two["a"])
-
-
-def test_histogram_counts_every_class() -> None:
-    table = make_table([2, 0, 3])
-    assert histogram(table, np.array([0, 2, 3])).tolist() == [1, 0, 2]
-    assert histogram(table, Split(np.array([0, 2]), np.array([1]), np.array([4]))).tolist() == [2, 0, 2]
-
-
-# The file
-
-
-def test_json_round_trip_keeps_clients_and_their_order() -> None:
-    table = make_table([30, 30], [f"{'zé'[i % 2]}{i % 4}" for i in range(60)])
-    clients = partition(table, DataSection(partition="natural", by="w"), 0)
-    text = to_json(table, clients)
-    document = json.loads(text)
-    assert set(document) == {"fingerprint", "classes", "clients", "counts"}
-    assert document["clients"]["z0"]["test"] == clients["z0"].test.tolist()
-    for client, of in clients.items():
-        assert document["counts"][client] == [int((table.labels[of.train] == label).sum()) for label in (0, 1)]
-    found, classes, back, _ = from_json(text, examples=60)
-    assert found == fingerprint(table)
-    assert classes == table.classes
-    assert list(back) == list(clients)
-    assert shares(back) == shares(clients)
-    assert all(part.dtype == np.int64 for of in back.values() for part in (of.train, of.validation, of.test))
-
-
-def document(**changes: object) -> str:
-    first = {"train": [0, 1], "validation": [2], "test": [3]}
-    second = {"train": [4], "validation": [5], "test": [6]}
-    clients = {"0": first, "1": second}
-    counts = {"0": [1, 1], "1": [0, 1]}
-    return json.dumps({"fingerprint": "0" * 64, "classes": ["x", "y"], "clients": clients, "counts": counts} | changes)
-
-
-def one_client(**changes: object) -> dict[str, object]:
-    return {"clients": {"0": {"train": [0, 1], "validation": [2], "test": [3]} | changes}, "counts": {"0": [2, 0]}}
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("", "Invalid JSON"),
-        ("[1, 2]", "partition.json"),
-        ("{}", "fingerprint"),
-        (document(fingerprint="short"), "fingerprint"),
-        (document(extra=1), "extra"),
-        (document(classes=["x"]), "classes: only one"),
-        (document(classes=["x", "x"]), "a name occurs twice"),
-        (document(clients={}), "clients"),
-        (document(**one_client(test=[])), "clients: 0: test"),
-        (document(**one_client(test=[-1])), "clients: 0: test: 0"),
-        (document(**one_client(test=[2**63])), "clients: 0: test: 0"),
-        (document(**one_client(test=[3.5])), "clients: 0: test: 0"),
-        (document(**one_client(test=["3"])), "clients: 0: test: 0"),
-        (document(**one_client(test=[7])), "example 7 of 7; allowed: 0 to 6"),
-        (document(**one_client(test=[3, 3])), "example 3 is also in client '0', test"),
-        (document(**one_client(test=[1])), "example 1 is also in client '0', train"),
-        (document(clients={c: {"train": [0], "validation": [1], "test": [2]} for c in "ab"}), "also in client 'a'"),
-        (document(counts=None), "counts"),
-        (document(counts={"0": [1, 1]}), "counts: not those of `clients`"),
-        (document(counts={"0": [2, 0], "1": [1]}), "counts: client '1' has 1 numbers; allowed: 2, one a class"),
-        (document(counts={"0": [3, -1], "1": [1, 0]}), "counts: 0: 1"),
-        (document(counts={"0": [2, 1], "1": [1, 0]}), "counts: client '0' has 3 examples; allowed: 2"),
-    ],
-)  # fmt: skip
-def test_garbage_is_not_a_partition(text: str, problem: str) -> None:
-    assert len(from_json(document(), examples=7)[2]) == 2
-    with pytest.raises(DataError) as caught:
-        from_json(text, examples=7)
-    message = str(caught.value)
-    assert problem in message
-    assert "\n" not in message
-    assert "allowed: " in message
 
 
 def test_warnings_come_through_logging_only(caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from folklora.data.partition import few, part, partition, split
+from folklora.data.partition import partition
+from folklora.data.split import few, part, split
 from folklora.data.table import Table
 from folklora.errors import RecipeError
 from folklora.recipe import Recipe

@@ -15,7 +15,7 @@ import pytest
 
 from folklora.backbones.classification import LinearHead
 from folklora.backbones.metric import LOSS, Score
-from folklora.data.partition import to_json
+from folklora.data.partition_file import to_json
 from folklora.federation.local import LocalEngine
 from folklora.federation.network import begin, host, reopen
 from folklora.federation.orders import Order, Record

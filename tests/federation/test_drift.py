@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from folklora.data.partition import from_json
+from folklora.data.partition_file import from_json
 from folklora.errors import FolkLoraError
 from folklora.federation.codec import encode
 from folklora.federation.local import LocalEngine

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from folklora.adapters.lowrank import Site
-from folklora.data.partition import to_json
+from folklora.data.partition_file import to_json
 from folklora.errors import MessageError
 from folklora.federation.codec import decode, encode
 from folklora.federation.engine import Upload

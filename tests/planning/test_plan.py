@@ -15,7 +15,7 @@ import pytest
 
 from folklora.data.audit.entropy import regularity
 from folklora.data.audit.quality import tokens_of
-from folklora.data.partition import to_json
+from folklora.data.partition_file import to_json
 from folklora.errors import PlanError, RecipeError, RunError
 from folklora.federation.inspect import inspect
 from folklora.federation.setup import data_of, prepare

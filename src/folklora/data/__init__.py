@@ -1,1 +1,1 @@
-"""Where examples come from (`sources`) and how clients share them (`partition`)."""
+"""Where examples come from (`sources`), how clients share them (`partition`) and split their own (`split`)."""

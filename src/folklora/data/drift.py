@@ -18,7 +18,8 @@ from dataclasses import fields
 
 import numpy as np
 
-from folklora.data.partition import Split, deal, pictures_of, split
+from folklora.data.partition import deal
+from folklora.data.split import Split, split
 from folklora.data.table import ONE_CLASS, Table
 from folklora.errors import DataError
 from folklora.randomness import derive, numpy_generator
@@ -66,11 +67,10 @@ def drifted(
     if table.classes == ONE_CLASS:
         raise DataError('drift.kind = "classes", and the examples have no labels; allowed: "labels" with data.by')
     found: dict[str, tuple[Split, Split]] = {}
-    pictures = pictures_of(table)
     for client in order:
         if len(found) == wanted:
             break
-        if (both := _with_new_classes(table, pictures, splits[client], data, seed, client)) is not None:
+        if (both := _with_new_classes(table, splits[client], data, seed, client)) is not None:
             found[client] = both
     if len(found) < wanted:
         raise DataError(
@@ -88,10 +88,8 @@ def _shared_anew(table: Table, splits: Mapping[str, Split], data: DataSection, s
     part = np.concatenate([np.full(len(of), i) for i, of in held])
     order = np.argsort(rows)
     rows, part = rows[order], part[order]
-    groups = None if table.groups is None else [table.groups[row] for row in rows]
-    pool = Table([table.inputs[row] for row in rows], table.labels[rows], table.classes, groups)
     try:
-        shares = deal(pool, data.model_copy(update={"clients": len(splits)}), derive(seed, "drift"))
+        shares = deal(table.only(rows), data.model_copy(update={"clients": len(splits)}), derive(seed, "drift"))
     except DataError as error:
         raise DataError(f"drift: {error}") from None
     parts = [[share[part[share] == i] for i in range(len(names))] for share in shares.values()]
@@ -112,7 +110,7 @@ def _leave_nobody_without(held: Sequence[np.ndarray], parts: list[list[np.ndarra
 
 
 def _with_new_classes(
-    table: Table, pictures: np.ndarray | None, own: Split, data: DataSection, seed: int, client: str
+    table: Table, own: Split, data: DataSection, seed: int, client: str
 ) -> tuple[Split, Split] | None:
     """A client's split without some of its classes, and the whole; None where they cannot be divided."""
     whole = np.concatenate([own.train, own.validation, own.test])
@@ -129,7 +127,7 @@ def _with_new_classes(
     late = np.isin(labels, new)
     # Each by itself, so that all classes are in all parts as far as they reach.
     first, joining = (
-        split(table.labels, whole[rows], data.validation, data.test_fraction, seed, client, pictures)
+        split(table.labels, whole[rows], data.validation, data.test_fraction, seed, client, table.pictures)
         for rows in (~late, late)
     )
     both = {f.name: np.sort(np.concatenate([getattr(first, f.name), getattr(joining, f.name)])) for f in fields(Split)}

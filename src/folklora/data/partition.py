@@ -1,4 +1,4 @@
-"""How clients share the examples, and how each client splits its own.
+"""How clients share the examples.
 
 The sharing is done by flwr-datasets' partitioners over an in-memory index, so the schemes mean what they mean there:
 ``iid``; ``dirichlet`` label skew (arXiv:1905.12022, without self-balancing); ``pathological``, a fixed number of
@@ -10,19 +10,15 @@ domain, not in label.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import logging
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from folklora.data.table import ONE_CLASS, Table, fingerprint, sort_names
+from folklora.data.split import Split, own_split
+from folklora.data.table import ONE_CLASS, Table, sort_names
 from folklora.errors import DataError
 from folklora.randomness import derive, numpy_generator
 from folklora.sections import DataSection
@@ -31,20 +27,6 @@ if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
 log = logging.getLogger(__name__)
-
-Indices = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)]
-
-
-@dataclass(frozen=True)
-class Split:
-    """One client's examples: sorted int64 indices into the table, disjoint, none empty."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.train) + len(self.validation) + len(self.test)
 
 
 def partition(table: Table, section: DataSection, seed: int) -> dict[str, Split]:
@@ -55,8 +37,8 @@ def partition(table: Table, section: DataSection, seed: int) -> dict[str, Split]
     ``data.min_examples``, which are dropped (``data.clients`` has no meaning there); under ``pathological`` the classes
     (or values of ``data.by``) that no client was given; under ``shards`` fewer than ``clients * shards_per_client``
     examples, drawn at random, so that all shards are equal. Whatever clients differ in, each client's own split is
-    stratified by label. Captions of one picture stay together (`pictures_of`), with one client and in one part of its
-    split; under ``natural`` the column decides who has them.
+    stratified by label. Captions of one picture stay together (`Table.pictures`), with one client and in one part of
+    its split; under ``natural`` the column decides who has them.
 
     Raises
     ------
@@ -64,129 +46,7 @@ def partition(table: Table, section: DataSection, seed: int) -> dict[str, Split]
         The examples cannot be shared like that; one line says what is allowed.
     """
     clients = _natural(table, section) if section.partition == "natural" else deal(table, section, seed)
-    pictures = pictures_of(table)
-    return {client: own_split(table, indices, section, seed, client, pictures) for client, indices in clients.items()}
-
-
-def pictures_of(table: Table) -> np.ndarray | None:
-    """``[n]`` int64: the first example with the same picture, where pictures have several captions; else None.
-
-    Parted, a caption that was trained on would tell of a picture that is tested on.
-    """
-    if not table.inputs or not (isinstance(table.inputs[0], tuple) and isinstance(table.inputs[0][0], np.ndarray)):
-        return None
-    first: dict[tuple[tuple[int, ...], bytes], int] = {}
-    seen = ((picture.shape, hashlib.sha256(picture.tobytes()).digest()) for picture, _ in table.inputs)
-    found = np.array([first.setdefault(key, row) for row, key in enumerate(seen)], dtype=np.int64)
-    return found if len(first) < len(found) else None
-
-
-def own_split(
-    table: Table, indices: np.ndarray, section: DataSection, seed: int, client: str, pictures: np.ndarray | None
-) -> Split:
-    """One client's examples as `[data]` has them: `split`, of which some are trained on (`few`, then `part`).
-
-    ``pictures`` are the table's, as `pictures_of` gives them.
-    """
-    whole = split(table.labels, indices, section.validation, section.test_fraction, seed, client, pictures)
-    return part(few(whole, table.labels, section.shots, seed, client), section.train_share, seed, client)
-
-
-def split(
-    labels: np.ndarray,
-    indices: np.ndarray,
-    validation: float,
-    test: float,
-    seed: int,
-    client: str,
-    pictures: np.ndarray | None = None,
-) -> Split:
-    """Split one client's examples into train, validation and test, stratified.
-
-    Test and validation have ``round(n * fraction)`` examples, at least one each and leaving at least one to train.
-    Each is a systematic sample of the examples ordered by class: equally spaced from a random start. So a part that
-    takes a fraction f of the m examples of a class takes f m of them rounded up or down, and a class too small to reach
-    every part lands in each with the probability that its fraction says; the test set stays unbiased. (The fraction
-    that validation takes is that of what the test set has left.)
-
-    Parameters
-    ----------
-    labels
-        ``[n]`` labels of the whole table.
-    indices
-        The client's examples, at least 3, in any order.
-    pictures
-        ``[n]``: equal for examples that stay together, as `pictures_of` gives them. What is split and counted then are
-        the pictures, each under the label of its first example.
-
-    Raises
-    ------
-    DataError
-        The examples are of fewer than 3 pictures.
-
-    Returns
-    -------
-    Split
-        A function of ``(seed, client)`` and the arguments alone: other clients do not matter.
-    """
-    if pictures is not None:
-        indices = np.sort(indices)
-        names, places = np.unique(pictures[indices], return_index=True)
-        if len(names) < 3:
-            raise DataError(
-                f"client {client!r} has {len(indices)} captions of {len(names)} pictures; allowed: three pictures or "
-                "more, since captions of one stay together and each of train, validation and test has one"
-            )
-        whole = split(labels, indices[places], validation, test, seed, client)
-        together = (np.isin(pictures[indices], pictures[of]) for of in (whole.train, whole.validation, whole.test))
-        return Split(*(indices[chosen] for chosen in together))
-    count = len(indices)
-    rng = numpy_generator(seed, "split", client)
-    shuffled = rng.permutation(np.sort(indices))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    sizes = [max(1, int(count * fraction + 0.5)) for fraction in (test, validation)]
-    while sum(sizes) > count - 1:  # roundings up may leave nothing to train on
-        sizes[int(np.argmax(sizes))] -= 1
-    parts = []
-    for size in sizes:
-        taken = ((np.arange(size) + rng.random()) * len(by_class) / size).astype(np.int64)
-        taken = np.minimum(taken, len(by_class) - 1)  # a start just below 1 may round up to the end
-        parts.append(by_class[taken])
-        by_class = np.delete(by_class, taken)
-    return Split(train=np.sort(by_class), validation=np.sort(parts[1]), test=np.sort(parts[0]))
-
-
-def few(of: Split, labels: np.ndarray, shots: int | None, seed: int, client: str) -> Split:
-    """The split with at most so many training examples of each class, drawn; None: with all of them.
-
-    The draws of fewer shots are among those of more. What is not drawn is in no part.
-    """
-    if shots is None:
-        return of
-    shuffled = numpy_generator(seed, "shots", client).permutation(of.train)
-    kept = [shuffled[labels[shuffled] == each][:shots] for each in np.unique(labels[of.train])]
-    return Split(np.sort(np.concatenate(kept)), of.validation, of.test)
-
-
-def part(of: Split, share: float, seed: int, client: str) -> Split:
-    """The split with a share of its training examples, rounded and at least one, drawn whatever their labels.
-
-    A smaller share is among a larger one. What is not drawn is in no part.
-    """
-    if share == 1:
-        return of
-    shuffled = numpy_generator(seed, "train_share", client).permutation(of.train)
-    return Split(np.sort(shuffled[: max(1, int(share * len(of.train) + 0.5))]), of.validation, of.test)
-
-
-def histogram(table: Table, examples: Split | np.ndarray) -> np.ndarray:
-    """``[classes]`` int64 counts of a client's labels, over all three parts of a `Split`."""
-    if isinstance(examples, Split):
-        examples = np.concatenate([examples.train, examples.validation, examples.test])
-    return np.bincount(table.labels[examples], minlength=len(table.classes))
-
-
-# The schemes
+    return {client: own_split(table, indices, section, seed, client) for client, indices in clients.items()}
 
 
 def _natural(table: Table, section: DataSection) -> dict[str, np.ndarray]:
@@ -223,12 +83,10 @@ def deal(table: Table, section: DataSection, seed: int) -> dict[str, np.ndarray]
     """
     from flwr_datasets.partitioner import IidPartitioner
 
-    if (pictures := pictures_of(table)) is not None:
+    if (pictures := table.pictures) is not None:
         heads = np.unique(pictures)
-        groups = None if table.groups is None else [table.groups[row] for row in heads]
-        one_each = Table([table.inputs[row] for row in heads], table.labels[heads], table.classes, groups)
-        shares_of_pictures = deal(one_each, section, seed)
-        return {client: np.flatnonzero(np.isin(pictures, heads[share])) for client, share in shares_of_pictures.items()}
+        shared = deal(table.only(heads), section, seed)
+        return {client: np.flatnonzero(np.isin(pictures, heads[share])) for client, share in shared.items()}
     count, least = section.clients, section.min_examples
     if count * least > len(table):
         raise DataError(
@@ -346,116 +204,3 @@ def _apply(partitioner: Partitioner, columns: dict[str, np.ndarray]) -> list[np.
         partitioner.dataset = datasets.Dataset.from_dict(columns)
         shares = (partitioner.load_partition(i)["index"] for i in range(partitioner.num_partitions))
         return [np.array(share[:], dtype=np.int64) for share in shares]
-
-
-# The partition as a file
-
-
-class _Parts(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    train: Indices
-    validation: Indices
-    test: Indices
-
-
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    classes: Annotated[list[str], Field(min_length=1)]  # one where examples have no labels
-    clients: Annotated[dict[str, _Parts], Field(min_length=1)]
-    counts: dict[str, list[Annotated[int, Field(ge=0)]]]
-    later_clients: dict[str, _Parts] = {}
-    later_counts: dict[str, list[Annotated[int, Field(ge=0)]]] = {}
-
-
-def to_json(table: Table, clients: Mapping[str, Split], later: Mapping[str, Split] | None = None) -> str:
-    """``partition.json``: the fingerprint of the table, its classes, every client's split and its training labels.
-
-    What those clients have ``later`` whose data change (`folklora.data.drift`) stands beside it in the same way.
-    """
-    document = {"fingerprint": fingerprint(table), "classes": table.classes, **_listed(table, clients)}
-    if later:
-        document |= {f"later_{name}": of for name, of in _listed(table, later).items()}
-    return json.dumps(document, ensure_ascii=False) + "\n"
-
-
-def _listed(table: Table, clients: Mapping[str, Split]) -> dict[str, Any]:
-    splits = {
-        client: {part: getattr(of, part).tolist() for part in ("train", "validation", "test")}
-        for client, of in clients.items()
-    }
-    return {"clients": splits, "counts": {c: histogram(table, of.train).tolist() for c, of in clients.items()}}
-
-
-def from_json(
-    text: str, examples: int | None = None
-) -> tuple[str, tuple[str, ...], dict[str, Split], dict[str, Split]]:
-    """Read what `to_json` wrote: the fingerprint, the classes, the clients in their order, and what some have later.
-
-    Parameters
-    ----------
-    examples
-        The number of examples in the table, if known; indices must be below it.
-
-    Raises
-    ------
-    DataError
-        The text is not a partition, an example is out of range or in two places, or counts contradict the splits.
-    """
-    try:
-        document = _Document.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f" {part}:" for part in first["loc"])
-        raise DataError(f"partition.json:{where} {first['msg']}; allowed: what `partition` wrote") from None
-    if len(set(document.classes)) < len(document.classes):
-        raise DataError("partition.json: classes: a name occurs twice; allowed: each once")
-    if len(document.classes) < 2 and tuple(document.classes) != ONE_CLASS:
-        raise DataError(f"partition.json: classes: only one; allowed: two or more, or {ONE_CLASS[0]!r} without labels")
-    clients = _splits(document.clients, examples)
-    _check_counts(document, "counts", document.clients)
-    later = _splits(document.later_clients, examples)
-    _check_counts(document, "later_counts", document.later_clients)
-    if strange := next((client for client in later if client not in clients), None):
-        raise DataError(f"partition.json: later_clients: no client {strange!r}; allowed: some of `clients`")
-    return document.fingerprint, tuple(document.classes), clients, later
-
-
-def _splits(listed: Mapping[str, _Parts], examples: int | None) -> dict[str, Split]:
-    clients = {}
-    seen: dict[int, str] = {}
-    for client, parts in listed.items():
-        for name, indices in parts:
-            for index in indices:
-                if examples is not None and index >= examples:
-                    raise DataError(
-                        f"partition.json: client {client!r}, {name}: example {index} of {examples}; allowed: 0 to "
-                        f"{examples - 1}"
-                    )
-                if index in seen:
-                    raise DataError(
-                        f"partition.json: client {client!r}, {name}: example {index} is also in {seen[index]}; "
-                        "allowed: each example once"
-                    )
-                seen[index] = f"client {client!r}, {name}"
-        arrays = {name: np.array(indices, dtype=np.int64) for name, indices in parts}
-        clients[client] = Split(**arrays)
-    return clients
-
-
-def _check_counts(document: _Document, key: str, clients: Mapping[str, _Parts]) -> None:
-    """Counts are there for reports, which do not have the table: they must fit the splits and the classes."""
-    told: dict[str, list[int]] = getattr(document, key)
-    if list(told) != list(clients):
-        raise DataError(f"partition.json: {key}: not those of `clients`; allowed: the same ones in the same order")
-    for client, counts in told.items():
-        if len(counts) != len(document.classes):
-            raise DataError(
-                f"partition.json: {key}: client {client!r} has {len(counts)} numbers; allowed: "
-                f"{len(document.classes)}, one a class"
-            )
-        if sum(counts) != len(clients[client].train):
-            raise DataError(
-                f"partition.json: {key}: client {client!r} has {sum(counts)} examples; allowed: "
-                f"{len(clients[client].train)}, as many as in its train"
-            )

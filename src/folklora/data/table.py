@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,24 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def only(self, rows: np.ndarray) -> Table:
+        """These examples, in the order of `rows`."""
+        groups = None if self.groups is None else [self.groups[row] for row in rows]
+        return Table([self.inputs[row] for row in rows], self.labels[rows], self.classes, groups)
+
+    @cached_property
+    def pictures(self) -> np.ndarray | None:
+        """``[n]`` int64: the first example with the same picture, where pictures have several captions; else None.
+
+        Parted, a caption that was trained on would tell of a picture that is tested on.
+        """
+        if not self.inputs or not (isinstance(self.inputs[0], tuple) and isinstance(self.inputs[0][0], np.ndarray)):
+            return None
+        first: dict[tuple[tuple[int, ...], bytes], int] = {}
+        seen = ((picture.shape, hashlib.sha256(picture.tobytes()).digest()) for picture, _ in self.inputs)
+        found = np.array([first.setdefault(key, row) for row, key in enumerate(seen)], dtype=np.int64)
+        return found if len(first) < len(found) else None
 
 
 @dataclass(frozen=True)
@@ -111,9 +130,7 @@ def limited(table: Table, key: str, limit: int | None, seed: int) -> Table:
     for label, size in enumerate(np.bincount(labels, minlength=len(table.classes))):
         # The divisors 1, 3, 5, ... of Sainte-Lague, inverted; the first example of a class comes before all others.
         turn[labels == label] = np.concatenate([[0.0], (np.arange(1, size) + 0.5) / size])
-    chosen = np.sort(order[np.argsort(turn, kind="stable")[:limit]])
-    groups = None if table.groups is None else [table.groups[i] for i in chosen]
-    return Table([table.inputs[i] for i in chosen], table.labels[chosen], table.classes, groups)
+    return table.only(np.sort(order[np.argsort(turn, kind="stable")[:limit]]))
 
 
 def fingerprint(table: Table) -> str:

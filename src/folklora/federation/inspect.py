@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from folklora.adapters.lowrank import kind
-from folklora.data.partition import histogram
+from folklora.data.split import histogram
 from folklora.federation.budget import Budget
 from folklora.federation.secrecy import parties, secrecy
 from folklora.federation.setup import Setup, prepare

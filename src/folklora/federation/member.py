@@ -12,7 +12,7 @@ from torch import Tensor
 
 from folklora.adapters.lowrank import Shapes, Tensors
 from folklora.data.audit.quality import quality
-from folklora.data.partition import Split
+from folklora.data.split import Split
 from folklora.errors import FolkLoraError, MessageError, MethodError
 from folklora.federation.codec import check, encode
 from folklora.federation.outlet import outlet_of

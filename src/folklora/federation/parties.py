@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from folklora.data.partition import Split, own_split, pictures_of
 from folklora.data.sources import agreed_classes, load, load_test
+from folklora.data.split import Split, own_split
 from folklora.data.table import Table
 from folklora.errors import BackboneError, DataError, RecipeError
 from folklora.federation.depths import refuse_fixed
@@ -130,7 +130,7 @@ def member_setup(recipe: Recipe, client: str, clients: Sequence[str], classes: S
     if len(table) < section.min_examples:
         raise DataError(f"{own.data}: {len(table)} rows; allowed: data.min_examples = {section.min_examples} or more")
     rows = np.arange(len(table))
-    parts = own_split(table, rows, section, recipe.seed, client, pictures_of(table))
+    parts = own_split(table, rows, section, recipe.seed, client)
     return _setup(recipe, ranks, table, {client: parts}, None)
 
 

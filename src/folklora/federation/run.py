@@ -20,7 +20,7 @@ import transformers
 from folklora import __version__
 from folklora.adapters.lowrank import Tensors
 from folklora.backbones.metric import Metric, same_metric
-from folklora.data.partition import from_json, to_json
+from folklora.data.partition_file import from_json, to_json
 from folklora.errors import DataError, MessageError, RecipeError, RunError
 from folklora.federation.contract import CONTRACT, Contract
 from folklora.federation.engine import Engine

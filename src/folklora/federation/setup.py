@@ -19,8 +19,9 @@ from torch import Tensor
 from folklora.backbones import tasks
 from folklora.backbones.task import Task
 from folklora.data.drift import drifted
-from folklora.data.partition import Split, partition
+from folklora.data.partition import partition
 from folklora.data.sources import Table, load
+from folklora.data.split import Split
 from folklora.errors import RecipeError
 from folklora.federation.budget import Budget
 from folklora.federation.depths import Depths, depths_of, refuse_fixed

@@ -19,7 +19,7 @@ from folklora.adapters.lowrank import kind
 from folklora.backbones.metric import Metric, metric_of
 from folklora.data.audit.entropy import regularity
 from folklora.data.audit.quality import tokens_of
-from folklora.data.partition import histogram
+from folklora.data.split import histogram
 from folklora.data.table import fingerprint
 from folklora.errors import RunError
 from folklora.federation.run import Summary, read_summary

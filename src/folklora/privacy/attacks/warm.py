@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from folklora.adapters.lowrank import Tensors
-from folklora.data.partition import to_json
+from folklora.data.partition_file import to_json
 from folklora.errors import AttackError, RunError
 from folklora.federation.local import LocalEngine
 from folklora.federation.rounds import Progress, Rounds

@@ -36,7 +36,7 @@ class Backbone(Frozen):
     width
         d, the width of the last hidden state.
     max_length
-        The longest sequence, in tokens, that the model has positions for.
+        The longest sequence, in tokens, that the model has positions for, whatever stands beside it in a batch.
     causal
         Whether it is a decoder, whose tokens see only what stands before them.
     """
@@ -52,8 +52,7 @@ class Backbone(Frozen):
         self.packable = model_type in PACKABLE
         self.causal = _is_causal(model_type)
         self._first_position = _first_position(model)
-        limit = getattr(config, "max_position_embeddings", None)
-        self.max_length = limit - self._first_position if limit else sys.maxsize
+        self.max_length = _positions(config) - self._first_position
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # its output is never used: features are pooled by the task
         super().__init__(model, **settings)
@@ -134,6 +133,20 @@ def _is_causal(model_type: str) -> bool:
         model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         and model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     )
+
+
+def _positions(config: Any) -> int:
+    """How many tokens of a text the model tells apart by place.
+
+    LongRoPE (arXiv:2402.13753; Phi-3's long models) stops at the length it was first trained on: one text beyond it in
+    a batch and transformers turns all texts of the batch by other angles, so that a client's loss were another in
+    other company.
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = [ropes, *(of for of in ropes.values() if isinstance(of, dict))]  # some have one for each kind of layer
+    limits = [of.get("original_max_position_embeddings") for of in ropes if of.get("rope_type") == "longrope"]
+    limits.append(getattr(config, "max_position_embeddings", None))
+    return min((int(limit) for limit in limits if limit), default=sys.maxsize)
 
 
 def _first_position(model: nn.Module) -> int:

@@ -53,6 +53,24 @@ def test_every_layout_gives_the_loss_of_each_text_alone(lab: SimpleNamespace, fa
         torch.testing.assert_close(answers[:, 0] / answers[:, 1], wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", LAYOUTS)
+def test_long_rope_leaves_a_short_text_alone(lab: SimpleNamespace, packed: str) -> None:
+    """transformers turns a whole batch by its longest text: nothing is longer than what has the short angles."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, **factors}
+    model = lab.stock.__wrapped__("phi3", rope_parameters=rope, original_max_position_embeddings=16)
+    (short,) = lab.dialogues([(5, 6)])
+    with torch.no_grad():
+        wanted = nats_alone(model, short)
+        before = frozen_answers(lab.task_of(model), [[Dialogue([5] * 40, 3)], [short]], packed)[1]
+        assert abs(before[0] / before[1] - wanted) > 1e-3  # as it would be
+    task = lab.task_of(model, max_length=64)
+    (dialogue,) = task.encode([(("user", "w1 " * 30), ("assistant", "w2 w3 " * 20))])
+    assert len(dialogue) == task.max_length == 16
+    after = frozen_answers(task, [[dialogue], [short]], packed)[1]
+    torch.testing.assert_close(after[0] / after[1], wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", sorted(PACKABLE))
 def test_clients_side_by_side_and_one_by_one_packed_and_padded(
     lab: SimpleNamespace, company: Callable[..., Any], family: str

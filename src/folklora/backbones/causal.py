@@ -111,8 +111,8 @@ class CausalLM:
     def encode(self, chats: Sequence[Turns]) -> list[Dialogue]:
         """Tokens of each conversation, cut at ``max_length``; how many were cut is logged.
 
-        A prompt is cut from the left. A response is cut from the right, and only where it does not fit alone: then the
-        prompt has up to a half of the tokens. One token of each is always left.
+        First the prompt is cut, from the left and down to a quarter of the tokens; then the response, from the right.
+        One token of each is always left.
 
         Raises
         ------
@@ -130,9 +130,7 @@ class CausalLM:
                     f"example {number}: its response has no tokens, and the tokenizer has no token that ends one; "
                     "allowed: a response with text"
                 )
-            kept = response
-            if len(response) >= self.max_length:  # cut anyway, so what is asked keeps up to a half
-                kept = response[: self.max_length - min(len(prompt), self.max_length // 2)]
+            kept = response[: self.max_length - min(len(prompt), max(1, self.max_length // 4))]
             left = self._cut(prompt, self.max_length - len(kept))
             found.append(Dialogue(left + kept, len(left)))
             prompts_cut += len(left) < len(prompt)

@@ -288,13 +288,15 @@ QUESTION = " ".join(f"w{i}" for i in range(10))
         ("w30", 4, "<bos> w9", "w30 <eos>"),
         ("w30", 3, "w9", "w30 <eos>"),
         ("w30 w31", 3, "w9", "w30 w31"),
-        ("w30 w31 w32 w33", 4, "<bos> w9", "w30 w31"),  # cut anyway: the question keeps a half
-        ("w30 w31 w32 w33", 5, "<bos> w9", "w30 w31 w32"),
+        ("w30 w31 w32 w33", 4, "w9", "w30 w31 w32"),
         ("w30 w31 w32 w33", 6, "w9", "w30 w31 w32 w33 <eos>"),
+        ("w30 w31 w32 w33", 7, "<bos> w9", "w30 w31 w32 w33 <eos>"),
+        ("w30 w31 w32 w33 w34 w35", 8, "<bos> w9", "w30 w31 w32 w33 w34 w35"),  # it would fit, but not the question
+        ("w30 w31 w32 w33 w34 w35 w36 w37 w38", 8, "<bos> w9", "w30 w31 w32 w33 w34 w35"),
         ("w30", 2, "w9", "w30"),
     ],
 )
-def test_the_prompt_is_cut_on_the_left_and_a_response_only_where_it_does_not_fit_alone(
+def test_the_prompt_is_cut_on_the_left_to_a_quarter_and_then_the_response_on_the_right(
     lab: SimpleNamespace, answer: str, limit: int, prompt: str, response: str
 ) -> None:
     tokenizer = with_start(lab.words(*ROLES, eos_token="<eos>"))
@@ -323,7 +325,7 @@ def test_how_many_are_cut_is_said_once(lab: SimpleNamespace, caplog: pytest.LogC
         task.encode(chats)
         task.encode(chats[:1])
     assert [record.getMessage() for record in caplog.records] == [
-        "3 of 4 examples are longer than 6 tokens: 2 prompts cut on the left, 2 responses on the right"
+        "3 of 4 examples are longer than 6 tokens: 3 prompts cut on the left, 2 responses on the right"
     ]
 
 

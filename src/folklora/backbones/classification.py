@@ -18,6 +18,7 @@ from folklora.adapters.lowrank import Shapes, Tensors
 from folklora.backbones.backbone import Backbone
 from folklora.backbones.batch import Batch, TokenIds
 from folklora.backbones.metric import ACCURACY, Score
+from folklora.backbones.slopes import felt
 from folklora.backbones.task import Layout, Plug
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def mean_pooled(hidden: Tensor, batch: Batch) -> Tensor:
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor, layout: Layout) -> Tensor:
     """Of each client's examples, [K], from logits [S, classes] and labels [S]."""
-    each = F.cross_entropy(logits, labels.to(logits.device), reduction="none")
+    each = F.cross_entropy(felt(logits), labels.to(logits.device), reduction="none")
     counts = torch.tensor(layout.sequence_offsets).diff().to(logits.device)
     owners = torch.repeat_interleave(torch.arange(layout.clients, device=logits.device), counts)
     return each.new_zeros(layout.clients).index_add(0, owners, each) / counts

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from folklora.backbones.slopes import felt
+
 
 def contrastive_losses(logits: Tensor, real: Tensor, twins: Tensor, *, sigmoid: bool) -> Tensor:
     """Mean loss of each client's pairs, [K].
@@ -31,7 +33,7 @@ def contrastive_losses(logits: Tensor, real: Tensor, twins: Tensor, *, sigmoid: 
     twins
         [K, n, n]: different pairs with the same caption or picture.
     """
-    counts = real.sum(1)
+    logits, counts = felt(logits), real.sum(1)
     absent = ~(real[:, :, None] & real[:, None, :])
     own = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
     if sigmoid:

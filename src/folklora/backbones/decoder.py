@@ -17,6 +17,7 @@ from folklora.backbones.backbone import Backbone
 from folklora.backbones.batch import Batch
 from folklora.backbones.frozen import Settings, Wishes, adaptable, choose_targets, settled
 from folklora.backbones.loading import config_of, tokenizer_of
+from folklora.backbones.slopes import felt
 from folklora.errors import BackboneError
 
 PACKABLE = frozenset(
@@ -113,7 +114,7 @@ class CausalBackbone(Backbone):
 
         rows = max(1, LOGITS // self.vocabulary)
         if len(states) <= rows:
-            return F.cross_entropy(logits(states).float(), wanted, reduction="none")
+            return F.cross_entropy(felt(logits(states).float()), wanted, reduction="none")
         found: Tensor = _Nats.apply(states, wanted, logits, rows)
         return found
 
@@ -135,7 +136,7 @@ class _Nats(torch.autograd.Function):
         for some, tokens in zip(states.split(rows), wanted.split(rows), strict=True):
             with torch.set_grad_enabled(sloped):
                 own = some.detach().requires_grad_(sloped)
-                each = F.cross_entropy(logits(own).float(), tokens, reduction="none")
+                each = F.cross_entropy(felt(logits(own).float()), tokens, reduction="none")
                 if sloped:
                     slopes += torch.autograd.grad(each.sum(), own)
             nats.append(each.detach())

@@ -287,3 +287,29 @@ def test_training_learns_the_responses_and_no_client_the_others(
         for name, tensor in fitted.tensors.items():
             torch.testing.assert_close(together[client].tensors[name], tensor, rtol=1e-3, atol=1e-4)
     assert all(done.loss < alone[client].loss - 0.3 for client, done in fit(3, epochs=20).items())
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_what_is_told_with_certainty_sends_nothing_small_through_the_backbone(
+    lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, rows: int | None
+) -> None:
+    backbone = lab.task_of(lab.stock("llama")).backbone
+    if rows is not None:
+        monkeypatch.setattr("folklora.backbones.decoder.LOGITS", rows * backbone.vocabulary)
+    states = 12 * torch.randn(8, backbone.width, generator=torch.Generator().manual_seed(0))
+
+    def slopes() -> Tensor:
+        mine = states.clone().requires_grad_()
+        with torch.no_grad():
+            wanted = torch.stack([backbone.nats(mine, torch.full((8,), t)) for t in range(backbone.vocabulary)]).argmin(
+                0
+            )
+        backbone.nats(mine, wanted).sum().backward()
+        assert mine.grad is not None
+        return mine.grad
+
+    found = slopes()
+    assert not ((found != 0) & (found.abs() < torch.finfo(torch.float32).tiny)).any()
+    assert (found == 0).all(1).any()
+    monkeypatch.setattr("folklora.backbones.slopes.LEAST", 0.0)
+    torch.testing.assert_close(found, slopes(), rtol=1e-5, atol=1e-15)

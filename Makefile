@@ -22,17 +22,19 @@ TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false 
 demo: $(VENV)/.installed
 	$(BIN)/folklora compare recipes/demo.toml --methods celora,local,fedit,ffa,fedsa,sketch,folklora --seeds 1 --out runs/demo
 
-# The small checkpoints of the recipes (examples/README.md), from the raw data in DATA:
-# 50 minutes each, and 10,000 steps, half an hour of a free core, for tiny-albert. Interrupt it
-# and make it again, and it goes on; what is finished stays.
+# The small checkpoints of the recipes (examples/README.md), from the raw data in DATA: so many
+# steps each, which give the same weights on the same kind of processor whoever makes them.
+# Interrupt it and make it again, and it goes on; what is finished stays.
 DATA ?= ../shared/data
+STEPS-lm := 1900
+STEPS-clip := 3100
 models: models/tiny-lm/quality.json models/tiny-clip/quality.json models/tiny-albert/quality.json
 
 examples/data/heldout/fashion.npz: | $(VENV)/.installed
 	$(BIN)/python examples/prepare_data.py --data $(DATA) --to examples/data
 
 models/tiny-%/quality.json: | examples/data/heldout/fashion.npz # the last that is written
-	$(BIN)/python examples/pretrain_tiny_$*.py --to models/tiny-$*
+	$(BIN)/python examples/pretrain_tiny_$*.py --steps $(STEPS-$*) --to models/tiny-$*
 
 models/tiny-albert/quality.json: | examples/data/heldout/fashion.npz
 	$(BIN)/python examples/distil_shared_depth.py --banking $(DATA)/banking77/train.csv --steps 10000 --to models/tiny-albert

@@ -295,7 +295,7 @@ def main(given: list[str] | None = None, **options: Any) -> None:
         "--banking", type=Path, default=Path("../shared/data/banking77/train.csv"), help="rows for the probes alone"
     )
     chosen = parser.parse_args(given)
-    begin(chosen.to, chosen.seed)
+    begin(chosen)
     try:
         with chosen.banking.open(encoding="utf-8", newline="") as file:
             rows_of_probe = list(csv.DictReader(file))

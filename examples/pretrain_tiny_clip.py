@@ -174,7 +174,7 @@ def main(given: list[str] | None = None, **options: Any) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=64, help="emoji a step; half as many fashion pictures")
     chosen = parser.parse_args(given)
-    begin(chosen.to, chosen.seed)
+    begin(chosen)
 
     emoji, fashion = read(chosen.data / "pretraining")
     classes = sorted(set(fashion["label"].tolist()))

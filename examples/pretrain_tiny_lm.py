@@ -130,7 +130,7 @@ def main(given: list[str] | None = None, **options: Any) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rows", type=int, default=8, help=f"rows of {LENGTH} tokens a step")
     chosen = parser.parse_args(given)
-    begin(chosen.to, chosen.seed)
+    begin(chosen)
 
     documents = read(chosen.data / "pretraining")
     tokenizer = make_tokenizer(documents, chosen.vocabulary)

@@ -55,6 +55,7 @@ def arguments(description: str, to: str) -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, help="stop after so long (default: 50, where --steps is not given)")
     parser.add_argument("--steps", type=int, help="stop after so many; alone, the same weights come out every time")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="sums depend on their number, and so do the weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
@@ -63,12 +64,13 @@ def budget_of(chosen: argparse.Namespace) -> Budget:
     return Budget(chosen.steps, 50.0 if chosen.steps is None and chosen.minutes is None else chosen.minutes)
 
 
-def begin(to: Path, seed: int) -> None:
+def begin(chosen: argparse.Namespace) -> None:
     """Seed everything; a finished checkpoint is not trained over."""
-    if (to / QUALITY).exists():
-        raise SystemExit(f"{to}: holds a finished checkpoint; remove it, or name another folder with --to")
-    to.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
+    if (chosen.to / QUALITY).exists():
+        raise SystemExit(f"{chosen.to}: holds a finished checkpoint; remove it, or name another folder with --to")
+    chosen.to.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(chosen.threads)
+    torch.manual_seed(chosen.seed)
 
 
 def precision(device: torch.device) -> AbstractContextManager[object]:
@@ -101,14 +103,14 @@ def pretrain(
     Returns
     -------
     dict
-        Steps and seconds, of all sittings together.
+        Steps and seconds, of all sittings together, and threads.
     """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
     device = next(model.parameters()).device
-    told = {**told, "steps": budget.steps, "minutes": budget.minutes}
+    told = {**told, "steps": budget.steps, "minutes": budget.minutes, "threads": torch.get_num_threads()}
     step, before = _restore(to / CHECKPOINT, told, model, optimizer)
     started = saved = shown = time.monotonic()
     model.train()
@@ -134,7 +136,7 @@ def pretrain(
     seconds = before + time.monotonic() - started
     _save(to / CHECKPOINT, told, model, optimizer, step, seconds)
     model.eval()
-    return {"steps": step, "seconds": round(seconds)}
+    return {"steps": step, "seconds": round(seconds), "threads": told["threads"]}
 
 
 def _tell(line: str) -> None:

@@ -29,7 +29,7 @@ def teacher(taught: list[str]) -> BertModel:
 def distilled(prepared: Path, taught: list[str], tmp_path: Path) -> Path:
     """A folder that the script has made in three steps."""
     to = tmp_path / "student"
-    small = ["--tokens", "40", "--most", "2000", "--heldout", "5", "--steps", "3", "--device", "cpu"]
+    small = ["--tokens", "40", "--most", "2000", "--heldout", "5", "--steps", "3", "--device=cpu", "--threads=1"]
     distil.main([*small, *taught, "--data", str(prepared), "--to", str(to)])
     return to
 
@@ -129,7 +129,7 @@ def test_the_stated_cosine_is_that_of_the_stock_models(
 
 def test_without_rows_to_probe_it_does_not_begin(prepared: Path, taught: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"nowhere\.csv: No such file or directory; name Banking77's train\.csv"):
-        distil.main(["--data", str(prepared), "--to", str(tmp_path / "x"), "--banking", "nowhere.csv"])
+        distil.main(["--data", str(prepared), "--to", str(tmp_path / "x"), "--banking", "nowhere.csv", "--threads=1"])
 
 
 @pytest.mark.parametrize(("flags", "drawn"), [([], {2, 3, 4}), (["--full-depth-alone"], {4})])
@@ -148,7 +148,19 @@ def test_depths_are_drawn_or_the_full_one_alone(
         return walk(student, ids, steps)
 
     monkeypatch.setattr(distil, "walk", noted)
-    small = ["--tokens", "40", "--most", "2000", "--heldout", "5", "--steps", "20", "--device", "cpu", *flags]
+    small = [
+        "--tokens",
+        "40",
+        "--most",
+        "2000",
+        "--heldout",
+        "5",
+        "--steps",
+        "20",
+        "--device=cpu",
+        "--threads=1",
+        *flags,
+    ]
     distil.main([*small, *taught, "--data", str(prepared), "--to", str(tmp_path / "student")])
     assert {steps for training, steps in walked if training} == drawn
     assert json.loads((tmp_path / "student" / "quality.json").read_text())["depths"] == sorted(drawn)

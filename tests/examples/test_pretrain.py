@@ -41,7 +41,7 @@ def train(request: pytest.FixtureRequest, prepared: Path, taught: list[str], tmp
     def run(name: str, *given: str, **options: object) -> Path:
         script, to = request.param, tmp_path / name
         more = taught if script is distil_shared_depth else []
-        where = ["--data", str(prepared), "--to", str(to), "--device", "cpu"]
+        where = ["--data", str(prepared), "--to", str(to), "--device=cpu", "--threads=1"]
         script.main([*SMALL[script], *more, *where, *given], **options)
         return to
 
@@ -94,7 +94,15 @@ def test_what_is_there_is_not_trained_over(train: Train, tmp_path: Path, monkeyp
 
 
 def test_the_language_model_loads_and_its_text_is_the_templates(prepared: Path, tmp_path: Path) -> None:
-    given = [*SMALL[pretrain_tiny_lm], "--data", str(prepared), "--to", str(tmp_path / "lm"), "--device", "cpu"]
+    given = [
+        *SMALL[pretrain_tiny_lm],
+        "--data",
+        str(prepared),
+        "--to",
+        str(tmp_path / "lm"),
+        "--device=cpu",
+        "--threads=1",
+    ]
     pretrain_tiny_lm.main([*given, "--steps", "1"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "lm")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lm")
@@ -116,7 +124,15 @@ def test_the_language_model_loads_and_its_text_is_the_templates(prepared: Path, 
 
 
 def test_the_clip_loads_and_sees_what_it_was_trained_on(prepared: Path, tmp_path: Path) -> None:
-    given = [*SMALL[pretrain_tiny_clip], "--data", str(prepared), "--to", str(tmp_path / "clip"), "--device", "cpu"]
+    given = [
+        *SMALL[pretrain_tiny_clip],
+        "--data",
+        str(prepared),
+        "--to",
+        str(tmp_path / "clip"),
+        "--device=cpu",
+        "--threads=1",
+    ]
     pretrain_tiny_clip.main([*given, "--steps", "1"])
     model = CLIPModel.from_pretrained(tmp_path / "clip")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "clip")

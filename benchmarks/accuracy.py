@@ -12,7 +12,8 @@ first, so a partial table is worth reading.
 Any number of processes can share ``--runs``: each run is claimed by one of them, and the results are collected from
 disk, so nothing is run twice and nothing is lost. Kill it at any time; what is finished is reused, what was begun goes
 on where it stood. Learning rates are chosen on validation data with a seed of their own, from the same grid for every
-method, in a mild setting and in the most severe one (``--tune``); test data is read once, at the end of each run.
+method, in a mild setting and in the most severe one (``--tune``), and once more for the ranks at equal bytes; test data
+is read once, at the end of each run.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ class Cell:
     setting: Setting
     seed: int
     variant: str
-    rate: str | None = None  # where it is not for the method's tuning to say
+    rate: str | None = None  # where it is not for any tuning to say
+    tuned: str | None = None  # what was tuned for it, where that is not its method
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -146,7 +148,7 @@ class Cell:
 
     def entry(self, rates: Mapping[str, str]) -> str | None:
         """The variant at its method's learning rate; None until that is chosen."""
-        rate = self.rate or rate_of(self.variant, rates)
+        rate = self.rate or (rates.get(self.tuned) if self.tuned else rate_of(self.variant, rates))
         return None if rate is None else f"{self.variant}:train.lr={rate}"
 
     def folder(self, runs: Path, entry: str) -> Path:
@@ -188,14 +190,14 @@ def plan(found: Mapping[str, Setting], equal: Mapping[str, Mapping[str, str]]) -
     for part, names, seeds in STAGES:
         for seed in seeds:
             for name in names:
-                variants: Iterable[str] = ()
-                if name in found:
-                    variants = {
-                        "methods": METHODS,
-                        "ablations": ABLATIONS,
-                        "ranks": mixed_ranks(),
-                        "equal bytes": equal.get(name, {}).values(),
-                    }[part]
+                if name not in found:
+                    continue
+                if part == "equal bytes":
+                    tuned = equal.get(TUNING_SETTINGS[0], {})
+                    for method, entry in equal.get(name, {}).items():
+                        cells.append(Cell(part, found[name], seed, entry, tuned=tuned.get(method)))
+                    continue
+                variants = {"methods": METHODS, "ablations": ABLATIONS, "ranks": mixed_ranks()}[part]
                 cells += [Cell(part, found[name], seed, each) for each in variants]
     return cells
 
@@ -219,15 +221,21 @@ Scores = Mapping[str, Mapping[str, float]]
 """Setting -> ``variant rate`` -> validation accuracy."""
 
 
-def tuning(found: Mapping[str, Setting], examples: int, scores: Scores) -> list[Cell]:
-    """The runs that choose the learning rates; those of the second setting as soon as the first has said which."""
+def tuning(
+    found: Mapping[str, Setting], examples: int, scores: Scores, at_equal_bytes: Sequence[str] = ()
+) -> list[Cell]:
+    """The runs that choose the learning rates; those of the second setting as soon as the first has said which.
+
+    A rate that suits rank 8 may ruin rank 80: so what methods are ``at_equal_bytes`` in the first setting is tuned by
+    itself, and says the rate of these methods at equal bytes wherever.
+    """
     cells = []
     for name in TUNING_SETTINGS:
         plain = found[name]
         # Three tenths for validation: with the usual tenth, chance would choose.
         data = {**plain.data, "limit": examples, "validation": 0.3, "test_fraction": 0.05}
         setting = Setting(plain.name, data, {**plain.train, "evaluate_every": plain.train["rounds"]})
-        for method in TUNED:
+        for method in (*TUNED, *at_equal_bytes):
             rates = grid(method) if name == TUNING_SETTINGS[0] else promising(method, scores)
             cells += [Cell("tuning", setting, TUNING_SEED, method, rate) for rate in rates]
     return cells
@@ -292,7 +300,12 @@ class Bench(Store):
         return chosen
 
     def tuning_cells(self) -> list[Cell]:
-        return tuning(self.found, self.examples, self.tuned.get("validation", {}))
+        return tuning(self.found, self.examples, self.tuned.get("validation", {}), self.at_equal_bytes())
+
+    def at_equal_bytes(self) -> tuple[str, ...]:
+        """What is tuned beside the methods: their entries at equal bytes in the first setting, once they are known."""
+        known = self.before.get("settings", {}).get("equal_bytes", {}) | self.equal
+        return tuple(known.get(TUNING_SETTINGS[0], {}).values())
 
     def collect_tuning(self) -> None:
         """Validation accuracy by setting, method and rate, and the best rate of every method that has been tried."""
@@ -301,11 +314,12 @@ class Bench(Store):
             scores = {name: dict(before.get("validation", {}).get(name, {})) for name in TUNING_SETTINGS}
             chosen: dict[str, str] = dict(before.get("chosen", {}))
             for name in TUNING_SETTINGS:  # the first says what is asked of the second
-                for cell in tuning(self.found, self.examples, scores):
+                for cell in tuning(self.found, self.examples, scores, self.at_equal_bytes()):
                     entry = cell.entry({})
                     if cell.setting.name == name and entry and (row := self.finished(cell, entry)) is not None:
                         scores[name][f"{cell.variant} {cell.rate}"] = row["validation_mean"]
-            chosen |= {variant: rate for variant in TUNED if (rate := chosen_rate(variant, scores)) is not None}
+            tuned = (*TUNED, *self.at_equal_bytes())
+            chosen |= {variant: rate for variant in tuned if (rate := chosen_rate(variant, scores)) is not None}
             made = {"seed": TUNING_SEED, "examples": self.examples, "settings": list(TUNING_SETTINGS)}
             self.tuned = {"grid": GRID, "sgd_grid": SGD_GRID, **made, "validation": scores, "chosen": chosen}
             self.write("tuning", self.tuned)
@@ -571,6 +585,8 @@ def main() -> None:
     pace = Pace(bench.collect(write=not arguments.list))
     failed: dict[str, str] = {}
     if not (arguments.list or arguments.collect):
+        if arguments.tune and not bench.at_equal_bytes():
+            failed |= bench.price(TUNING_SETTINGS[:1])
         for _ in TUNING_SETTINGS:  # what is asked of the second is known after the first
             failed |= work(bench, rates(), pace)
         failed |= bench.price(name for name in found if filtered(priced(found[name]), *filters[:2], ""))

@@ -100,6 +100,26 @@ def test_a_rate_is_that_of_the_method_of_the_option_or_of_none() -> None:
     assert accuracy.rate_of("ffa", rates) is None
 
 
+def test_a_rank_at_equal_bytes_has_a_rate_of_its_own(bench: accuracy.Bench) -> None:
+    first = accuracy.TUNING_SETTINGS[0]
+    equal = {first: {"celora": "celora:adapter.rank=80"}, "sgd by service": {"celora": "celora:adapter.rank=70"}}
+    bench.found = {**bench.found, "sgd by service": Setting("sgd by service", bench.found[first].data, {})}
+    cells = [cell for cell in accuracy.plan(bench.found, equal) if cell.part == "equal bytes"]
+    assert {cell.variant for cell in cells} == {entry for named in equal.values() for entry in named.values()}
+    rates = {"celora": "1e-2"}
+    assert {cell.entry(rates) for cell in cells} == {None}  # that of rank 8 says nothing of it
+    rates[equal[first]["celora"]] = "1e-3"
+    assert {cell.entry(rates) for cell in cells} == {f"{cell.variant}:train.lr=1e-3" for cell in cells}
+
+    assert not any("adapter" in cell.variant for cell in bench.tuning_cells())
+    bench.equal = equal
+    asked = [(cell.setting.name, cell.rate) for cell in bench.tuning_cells() if "adapter" in cell.variant]
+    assert asked == [(first, rate) for rate in accuracy.GRID]
+    bench.collect()  # what was priced once is tuned wherever the results are read again
+    later = accuracy.Bench(bench.runs, bench.results, bench.found)
+    assert later.at_equal_bytes() == ("celora:adapter.rank=80",)
+
+
 def test_filters_let_through_what_all_of_them_name(bench: accuracy.Bench) -> None:
     cells = accuracy.plan(bench.found, {})
     found = accuracy.filtered(cells, "50 clients,ablations", "1, 2", "fedit")

@@ -24,16 +24,22 @@ from typing import Any
 
 import torch
 from _common import environment, finish
+from accuracy import AT_ONE_RANK
 from resumable import Row, Store, arguments, perform, work
 
 from folklora.backbones.metric import metric_of
 from folklora.federation.run import run_name, variant
+from folklora.methods import METHODS as REGISTRY
 from folklora.recipe import Recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SEEDS = 3
 GRID = ("1e-3", "3e-3", "1e-2")
-METHODS = ("local", "fedit", "ffa", "fedsa", "celora")
+FEW = ("local", "fedit", "ffa", "fedsa", "celora")
+SAME = {*AT_ONE_RANK, "folklora"}
+"""What is FedIT where all ranks are equal, and CE-LoRA where the task has no head of its own."""
+REST = tuple(name for name, method in REGISTRY.items() if not method.needs_head and name not in {*FEW, *SAME})
+METHODS = (*FEW, *REST, "folklora:basis=frozen")
 UNTRAINED = "local:train.rounds=0"
 """The checkpoint as it comes: what all methods start from."""
 
@@ -48,6 +54,7 @@ class Task:
     name: str
     file: str
     changes: tuple[str, ...] = ()
+    methods: tuple[str, ...] = METHODS
 
     def recipe(self) -> Recipe:
         return Recipe.read(RECIPES / self.file, ["eval.generate=[]", *self.changes])
@@ -70,7 +77,10 @@ TASKS = (
     Task("shakespeare by role", "shakespeare.toml", ("data.min_examples=80", "train.rounds=3")),
     Task("dolly by category", "dolly.toml", SHORT),
     Task(
-        "dolly, Dirichlet 0.5", "dolly.toml", (*SHORT, "data.partition=dirichlet", "data.clients=8", "data.alpha=0.5")
+        "dolly, Dirichlet 0.5",
+        "dolly.toml",
+        (*SHORT, "data.partition=dirichlet", "data.clients=8", "data.alpha=0.5"),
+        FEW,
     ),
 )
 
@@ -112,12 +122,15 @@ class Tasks:
 
     bench: Store  # its files, and the lock on them
     tasks: Sequence[Task]
-    variants: Sequence[str]
+    methods: Sequence[str] = ()  # none: each task's own
     read: dict[Path, Row] = field(default_factory=dict)
     held: dict[str, Any] = field(init=False)  # ``tasks.json`` as it was last read: runs are not kept for ever
 
     def __post_init__(self) -> None:
         self.held = self.bench.load("tasks")
+
+    def variants(self, task: Task) -> tuple[str, ...]:
+        return (UNTRAINED, *(self.methods or task.methods))
 
     def finished(self, cell: Cell) -> Row | None:
         path = cell.folder(self.bench.runs)
@@ -157,11 +170,11 @@ class Tasks:
     def plan(self) -> Iterator[Cell]:
         """All runs: the rates of seed 0 of every task first, then the other seeds at the rates that are chosen."""
         for task in self.tasks:
-            for name in self.variants:
+            for name in self.variants(task):
                 yield from (Cell(task, name, rate, 0) for rate in grid(name))
         for seed in range(1, SEEDS):
             for task in self.tasks:
-                for name in self.variants:
+                for name in self.variants(task):
                     yield Cell(task, name, self.chosen(task, name) or "", seed)
 
     def left(self) -> list[Cell]:
@@ -184,7 +197,7 @@ class Tasks:
                     rows = {key: row for key, row in rows.items() if key[0] != task.name}
                     told[task.name] = {**_described(task), "made_of": made_of, "variants": [], "validation": {}}
                 here = told[task.name]
-                for name in self.variants:
+                for name in self.variants(task):
                     here["variants"] = list(dict.fromkeys([*here["variants"], name]))
                     merits = self.validation(task, name)
                     here["validation"] = {**here["validation"], name: merits} if merits else here["validation"]
@@ -230,7 +243,7 @@ def run_one(cell: Cell, path: Path) -> str:
 def main() -> None:
     parser = arguments(__doc__, "tasks")
     parser.add_argument("--only", default="", help="tasks whose name holds one of these, with commas")
-    parser.add_argument("--methods", default=",".join(METHODS), help="as `folklora compare --methods`")
+    parser.add_argument("--methods", default="", help="as `folklora compare --methods`; by default a task's own")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     only = [text for text in given.only.split(",") if text]
@@ -238,7 +251,7 @@ def main() -> None:
     methods = [name for name in given.methods.split(",") if name]
     bench = Store(given.runs.resolve(), given.results)
     try:
-        tasks = Tasks(bench, chosen, [UNTRAINED, *methods])
+        tasks = Tasks(bench, chosen, methods)
         left = tasks.left()
     except OSError as error:
         raise SystemExit(f"{error.filename}: {error.strerror}; `make models` makes it") from None

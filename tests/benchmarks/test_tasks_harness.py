@@ -12,7 +12,11 @@ import pytest
 import table_parts
 import task_tables
 import tasks
+from accuracy import AT_ONE_RANK
 
+from folklora.federation.run import variant
+from folklora.federation.setup import validate
+from folklora.methods import METHODS
 from folklora.recipe import Recipe
 
 BEST = {"local": 1e-3, "fedit": 1e-2, "celora": 3e-3}
@@ -64,6 +68,14 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(tasks, "perform", perform)
     tasks._digest.cache_clear()
     return found
+
+
+def test_every_run_of_the_plan_is_a_recipe_that_its_method_takes() -> None:
+    for task in tasks.TASKS:
+        for method in task.methods:
+            validate(variant(task.recipe(), f"{method}:train.lr=1e-3", 0))
+    named = {method.partition(":")[0] for method in tasks.METHODS}
+    assert named == {name for name, of in METHODS.items() if not of.needs_head} - set(AT_ONE_RANK)
 
 
 def test_every_method_runs_all_seeds_at_the_rate_of_its_lowest_validation_loss(bench: SimpleNamespace) -> None:

@@ -338,9 +338,9 @@ def equal_bytes() -> str:
         rank = next((s.partition("=")[2] for s in variant.split(":") if s.startswith("adapter.rank=")), "as it is")
         rows = results.of(variant, name)
         up_down = statistics.fmean(r["bytes_up_per_client_round"] + r["bytes_down_per_client_round"] for r in rows)
-        lines.append([label(method), *made, rank, human_bytes(up_down)])
-    header = ["method", *names, f"rank ({names[0]})", "up and down, client and round"]
-    return markdown(header, [*lines, [COUNTS, *noise, "", ""]]) + results.note("equal bytes")
+        lines.append([label(method), *made, rank, f"{rows[0]['lr']:g}", human_bytes(up_down)])
+    header = ["method", *names, f"rank ({names[0]})", "lr", "up and down, client and round"]
+    return markdown(header, [*lines, [COUNTS, *noise, "", "", ""]]) + results.note("equal bytes")
 
 
 def ranks() -> str:

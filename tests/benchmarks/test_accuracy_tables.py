@@ -24,6 +24,7 @@ def row(variant: str, setting: str, seed: int, accuracy: float, sent: float = 10
         "bytes_down_per_client_round": sent,
         "bytes_once_per_client": 7.0,
         "rounds": 5,
+        "lr": 0.01,
         "seconds_train": 2.0,
         "curve": [[1000, accuracy]],
     }
@@ -93,8 +94,8 @@ def test_at_equal_bytes_a_method_stands_with_its_other_rank_and_what_sends_nothi
 ) -> None:
     assert tables.bought(results, SETTING) == {"fedit": "fedit", "celora": "celora:adapter.rank=90"}
     found = lines(tables.TABLES["equal-bytes"][1]())
-    assert found["celora"] == ["**80.0 ± 0.0**", "90", "600 B"]
-    assert found["fedit"] == ["71.0 ± 1.0", "as it is", "200 B"]
+    assert found["celora"] == ["**80.0 ± 0.0**", "90", "0.01", "600 B"]
+    assert found["fedit"] == ["71.0 ± 1.0", "as it is", "0.01", "200 B"]
     assert "local" not in found
 
 

@@ -32,7 +32,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from folklora.adapters.lowrank import LowRank, Tensors, kaiming
 from folklora.backbones.causal import CausalBackbone, CausalLM, Dialogue
 from folklora.sections import TrainSection
-from folklora.training.cohort import CohortTrainer, Job, Slot
+from folklora.training.cohort import CohortTrainer
+from folklora.training.jobs import Job, Slot
 
 SEED, RANK, ALPHA = 0, 8, 16.0
 TARGETS = r"model\.layers\.\d+\.self_attn\.(q_proj|v_proj)"

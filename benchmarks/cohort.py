@@ -41,7 +41,8 @@ from folklora.backbones.batch import TokenIds
 from folklora.backbones.classification import Classification
 from folklora.data.sources import load
 from folklora.sections import DataSection, TrainSection
-from folklora.training.cohort import CohortTrainer, Job
+from folklora.training.cohort import CohortTrainer
+from folklora.training.jobs import Job
 
 SEED = 0
 LENGTHS = {"short": "at most 12 tokens", "natural": "Banking77 as it is", "full": "64 tokens, sentences joined"}

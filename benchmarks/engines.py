@@ -40,7 +40,7 @@ from folklora.federation.rundir import RunDirectory
 from folklora.federation.setup import Setup, prepare
 from folklora.methods.aggregation import weighted_mean
 from folklora.recipe import Recipe
-from folklora.training.cohort import Job
+from folklora.training.jobs import Job
 
 NEVER = 100_000
 """A validation that no run of ours reaches, but for the one after the last round, whose time is left out."""

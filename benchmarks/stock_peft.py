@@ -17,7 +17,7 @@ from folklora.backbones.batch import TokenIds
 from folklora.backbones.frozen import DEFAULT_TARGETS
 from folklora.backbones.loading import find
 from folklora.sections import TrainSection
-from folklora.training.cohort import Job, Slot
+from folklora.training.jobs import Job, Slot
 
 CLASSES, RANK, ALPHA = 77, 8, 16.0
 Losses = dict[str, float]

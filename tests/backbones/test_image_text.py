@@ -20,7 +20,8 @@ from folklora.backbones import towers
 from folklora.backbones.image_text import ImageText, ImageTextBackbone
 from folklora.errors import BackboneError, DataError
 from folklora.sections import TrainSection
-from folklora.training.cohort import CohortTrainer, Job
+from folklora.training.cohort import CohortTrainer
+from folklora.training.jobs import Job
 from folklora.training.prediction import Question, features, predict
 
 FAMILIES = ("clip", "clip-old", "siglip")

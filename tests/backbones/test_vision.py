@@ -20,7 +20,8 @@ from folklora.backbones.quantize import WeightBits
 from folklora.backbones.vision import ImageClassification, VisionBackbone
 from folklora.errors import BackboneError
 from folklora.sections import TrainSection
-from folklora.training.cohort import CohortTrainer, Job
+from folklora.training.cohort import CohortTrainer
+from folklora.training.jobs import Job
 from folklora.training.prediction import features
 
 ARCHITECTURES = ("vit", "deit", "dinov2", "clip_vision_model", "siglip_vision_model")

@@ -30,7 +30,7 @@ from folklora.report.figures import validation
 from folklora.report.inventory import sent
 from folklora.report.page import write_report
 from folklora.report.reading import read_run
-from folklora.training.cohort import Job
+from folklora.training.jobs import Job
 
 CHANGE = ("train.rounds=5", "drift.kind=labels", "drift.round=3", "data.alpha=0.3")
 FOLLOWS = ("method.name=celora", "method.similarity=data", "method.components=0", "method.refresh=2")

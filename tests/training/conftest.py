@@ -15,7 +15,8 @@ from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.backbones.backbone import Backbone
 from folklora.backbones.classification import Classification
 from folklora.sections import TrainSection
-from folklora.training.cohort import CohortTrainer, Fitted, Job
+from folklora.training.cohort import CohortTrainer
+from folklora.training.jobs import Fitted, Job
 
 CLASSES = 3
 SEED = 5

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from folklora.adapters.lowrank import Tensors
 from folklora.sections import TrainSection
-from folklora.training.cohort import Fitted, Job, Slot, _Cohort
+from folklora.training.cohort import _Cohort
+from folklora.training.jobs import Fitted, Job, Slot
 from folklora.training.stacks import from_stack
 
 SEED = 5  # as in conftest

@@ -18,7 +18,9 @@ from folklora.adapters.layers import Bank
 from folklora.adapters.lowrank import Tensors
 from folklora.randomness import torch_generator
 from folklora.sections import TrainSection
-from folklora.training.cohort import CohortTrainer, Fitted, Job, Slot, _Cohort, _Dropout
+from folklora.training.cohort import CohortTrainer, _Cohort
+from folklora.training.dropout import Dropout
+from folklora.training.jobs import Fitted, Job, Slot
 from folklora.training.prediction import Question, predict
 
 SEED = 5  # as in conftest
@@ -118,7 +120,7 @@ class Masks:
         batch = place.task.backbone.batch(groups, layout)
         slots = [Slot(job, TrainSection(), SEED) for job in place.jobs((1,) * len(groups), (2,) * len(groups))]
         bank = Bank({}, {}, batch.token_offsets, batch.token_clients())
-        self.make = _Dropout(probability, batch, [slot.dropout for slot in slots], bank)
+        self.make = Dropout(probability, batch, [slot.dropout for slot in slots], bank)
         self.batch = batch
 
     def draw(self, width: int) -> tuple[list[Tensor], Tensor]:

@@ -12,8 +12,8 @@ import torch
 
 from folklora.randomness import numpy_generator
 from folklora.sections import TrainSection
-from folklora.training.cohort import Job, Slot
 from folklora.training.gradients import weight_gradients
+from folklora.training.jobs import Job, Slot
 from folklora.training.prediction import Question, features, layer_inputs, predict
 from folklora.training.private import Private
 from folklora.training.stacks import plug, stack

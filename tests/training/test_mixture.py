@@ -13,7 +13,7 @@ import torch
 from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.adapters.mixture import CoreMixture, Mixture
 from folklora.backbones.backbone import Backbone
-from folklora.training.cohort import Fitted, Job
+from folklora.training.jobs import Fitted, Job
 from folklora.training.prediction import Question, layer_inputs, predict
 from folklora.training.private import Private
 

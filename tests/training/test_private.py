@@ -22,7 +22,8 @@ from folklora.methods.work import Terms, Work
 from folklora.recipe import Recipe
 from folklora.sections import TrainSection
 from folklora.training import cohort
-from folklora.training.cohort import CohortTrainer, Fitted, Job
+from folklora.training.cohort import CohortTrainer
+from folklora.training.jobs import Fitted, Job
 from folklora.training.prefetch import Prefetch
 from folklora.training.private import Private, secret_seed
 from folklora.training.stacks import from_stack, plug, stack, to_stack

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from folklora.adapters.lowrank import Tensors
 from folklora.methods.work import Terms
 from folklora.sections import TrainSection
-from folklora.training.cohort import CohortTrainer, Fitted, Job, Slot, _Cohort
+from folklora.training.cohort import CohortTrainer, _Cohort
+from folklora.training.jobs import Fitted, Job, Slot
 from folklora.training.stacks import plug
 
 SEED = 5  # as in conftest

@@ -13,7 +13,8 @@ from folklora.federation.secrecy import parties, secrecy
 from folklora.federation.setup import Setup, prepare
 from folklora.federation.traffic import forecast
 from folklora.recipe import Recipe
-from folklora.training.cohort import CohortTrainer, Job
+from folklora.training.cohort import CohortTrainer
+from folklora.training.jobs import Job
 
 
 def inspect(recipe: Recipe) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from folklora.federation.scores import common_score, written_for
 from folklora.federation.setup import Setup
 from folklora.methods.aggregation import aggregation_error
 from folklora.privacy.ckks import Key
-from folklora.training.cohort import CohortTrainer, Fitted
+from folklora.training.cohort import CohortTrainer
 from folklora.training.evaluation import evaluate
+from folklora.training.jobs import Fitted
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from folklora.methods.work import Trained, Work
 from folklora.privacy.ckks import Key
 from folklora.privacy.example import noise
 from folklora.randomness import derive, numpy_generator
-from folklora.training.cohort import Fitted, Job
 from folklora.training.gradients import weight_gradients
+from folklora.training.jobs import Fitted, Job
 from folklora.training.network import embedded
 from folklora.training.prediction import Question, layer_inputs
 from folklora.training.private import Private, secret_seed, simulated_seed

@@ -8,10 +8,8 @@ closes. The result is what training each client alone gives, whatever K is; K = 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,12 +20,13 @@ from torch import Tensor
 from folklora.adapters.layers import Bank
 from folklora.adapters.lowrank import LowRank, Tensors
 from folklora.backbones.batch import Batch
-from folklora.backbones.task import Example, Task
+from folklora.backbones.task import Task
 from folklora.methods.work import Terms, rate_of
 from folklora.privacy.example import sampling
-from folklora.randomness import numpy_generator, torch_generator
 from folklora.sections import TrainSection
-from folklora.training.optimizer import build, clip_rows, schedule
+from folklora.training.dropout import Dropout
+from folklora.training.jobs import Fitted, Job, Slot
+from folklora.training.optimizer import build, clip_rows
 from folklora.training.prefetch import Prefetch
 from folklora.training.private import NUMBERS, Part, Private, add_clipped, lay_out_apart
 from folklora.training.rows import Rows
@@ -36,101 +35,6 @@ from folklora.training.terms import TermRows
 
 # A leaf is a column range of the cohort's one matrix, so its rows are not adjacent in memory; torch mentions that once.
 warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One client's local training in one round.
-
-    Attributes
-    ----------
-    tensors
-        Everything the client's model consists of: factors, head, norms.
-    trained
-        Names among them that receive gradients.
-    moments
-        Optimiser state from earlier rounds (``m/<name>``, ``v/<name>``, ``steps/<name>``), or empty to start fresh.
-    terms
-        What bends its gradient steps.
-    branch
-        Tells several jobs of one client in one round apart; they see the same minibatches in the same order.
-    private
-        What makes it DP-SGD; see `folklora.training.private`.
-    depths
-        How often a shared block is applied (`folklora.backbones.depth`): each minibatch draws one of these; none: as
-        often as the backbone does.
-    """
-
-    client: str
-    round: int
-    rank: int
-    tensors: Tensors
-    trained: frozenset[str]
-    examples: Sequence[Example]
-    labels: np.ndarray
-    moments: Tensors = field(default_factory=dict)
-    terms: Terms = field(default_factory=Terms)
-    branch: str = ""
-    private: Private | None = None
-    depths: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What a job became: all tensors (trained ones new), the mean training loss, steps done, optimiser state, the sum
-    of its steps' learning rates, and importance scores where its terms asked for them."""
-
-    client: str
-    tensors: Tensors
-    loss: float
-    steps: int
-    moments: Tensors
-    branch: str = ""
-    travelled: float = 0.0
-    importance: Tensors = field(default_factory=dict)
-
-
-class Slot:
-    """A client in training: its minibatches still to come, and its tallies."""
-
-    def __init__(self, job: Job, train: TrainSection, seed: int) -> None:
-        self.job = job
-        n = len(job.examples)
-        if job.private is None:
-            order = numpy_generator(seed, "order", job.client, job.round)
-            epochs = [order.permutation(n) for _ in range(train.local_epochs)]
-            self.batches = [epoch[i : i + train.batch_size] for epoch in epochs for i in range(0, n, train.batch_size)]
-        else:
-            self.batches = job.private.samples(n, train)
-            self.noise = job.private.disturbance()
-        self.dropout = torch_generator(seed, "dropout", job.client, job.round)
-        self.depths = _depths(job, len(self.batches), seed)
-        self.done = 0
-        self.loss = 0.0
-        self.seen = 0
-        self.travelled = 0.0
-
-    @property
-    def finished(self) -> bool:
-        return self.done == len(self.batches)
-
-    @property
-    def depth(self) -> int | None:
-        """Of the minibatch in hand."""
-        return self.depths[self.done] if self.depths else None
-
-    def learning_rate(self, train: TrainSection) -> float:
-        per_round = len(self.batches)
-        step = (self.job.round - 1) * per_round + self.done
-        return train.lr * self.job.terms.rate * schedule(train, step, max(1, train.rounds) * per_round)
-
-
-def _depths(job: Job, steps: int, seed: int) -> list[int]:
-    """Of each minibatch; they follow from the step, so that several trainings of a client in a round have the same."""
-    if len(job.depths) < 2:
-        return list(job.depths) * steps
-    draws = numpy_generator(seed, "depth", job.client, job.round).integers(len(job.depths), size=steps)
-    return [job.depths[draw] for draw in draws]
 
 
 class CohortTrainer:
@@ -309,7 +213,7 @@ class _Cohort:
         def made(batch: Batch) -> Bank:
             bank = plug(adapter, stacks, scales, batch, self.device, task.backbone.depth.of(depth))
             if adapter.dropout:
-                bank.dropout = _Dropout(adapter.dropout, batch, dropout, bank)
+                bank.dropout = Dropout(adapter.dropout, batch, dropout, bank)
             return bank
 
         plugged = Plugging(made)
@@ -410,52 +314,3 @@ class _Cohort:
         for i, name in enumerate(self.trained):
             if (steps := job.moments.get(f"steps/{name}")) is not None:
                 self.optimizer.steps[k, i] = steps
-
-
-class _Dropout:
-    """LoRA dropout whose masks depend on the client alone: not on K, not on the layout of the batch.
-
-    Masks are drawn from the client's own generator in the order (site, sequence, position) and then placed where the
-    tokens lie. Probabilities are exact to 2^-16.
-    """
-
-    def __init__(self, probability: float, batch: Batch, generators: Sequence[torch.Generator], bank: Bank) -> None:
-        self.threshold = min(round(probability * 65536), 65535)
-        self.generators = generators
-        self.device = bank.token_clients.device
-        segments, positions = batch.segments.reshape(-1), batch.positions.reshape(-1)
-        tokens = (segments >= 0).nonzero().squeeze(1)
-        self.order = tokens[torch.argsort(segments[tokens] * batch.row_length + positions[tokens])]
-        self.rows = segments.numel()
-        owners = batch.sequence_clients()[segments[self.order]]
-        self.counts: list[int] = torch.bincount(owners, minlength=batch.clients).tolist()
-
-    def __call__(self, site: str, width: int) -> Tensor:
-        draws = []
-        for count, generator in zip(self.counts, self.generators, strict=True):
-            # 64 random bits give four numbers of 16: far cheaper than a float a number.
-            words = torch.empty(-(-count * width // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-            draws.append(words.view(torch.int16)[: count * width].view(count, width))
-        keep = torch.cat(draws) >= self.threshold - 32768
-        mask = torch.zeros(self.rows, width)
-        mask[self.order] = keep.float() / (1 - self.threshold / 65536)
-        return mask.to(self.device)
-
-    def narrowed(self, tokens: Tensor, clients: Sequence[bool]) -> _Dropout:
-        """Of some tokens; clients that are done draw no more, as they would not if they were alone."""
-        fewer = copy.copy(self)
-        places = torch.empty(self.rows, dtype=torch.int64)
-        places[tokens] = torch.arange(len(tokens))
-        fewer.order = places[
-            self.order[torch.repeat_interleave(torch.tensor(list(clients)), torch.tensor(self.counts))]
-        ]
-        fewer.counts = [count if live else 0 for count, live in zip(self.counts, clients, strict=True)]
-        fewer.rows = len(tokens)
-        return fewer
-
-    def state(self) -> list[Tensor]:
-        return [generator.get_state() for generator in self.generators]
-
-    def restore(self, state: list[Tensor]) -> None:
-        for generator, saved in zip(self.generators, state, strict=True):
-            generator.set_state(saved)

@@ -17,7 +17,8 @@ from folklora.backbones.classification import Classification
 from folklora.backbones.decoder import PACKABLE
 from folklora.errors import BackboneError
 from folklora.sections import TrainSection
-from folklora.training.cohort import CohortTrainer, Job
+from folklora.training.cohort import CohortTrainer
+from folklora.training.jobs import Job
 
 LABELS = [[0, 1, 0, 1], [1], [0, 0]]
 

@@ -14,7 +14,8 @@ from folklora.adapters.lowrank import Tensors
 from folklora.federation.setup import Setup, prepare
 from folklora.privacy.attacks.replica import Replica, padded
 from folklora.randomness import torch_generator
-from folklora.training.cohort import CohortTrainer, Job
+from folklora.training.cohort import CohortTrainer
+from folklora.training.jobs import Job
 
 METHODS = ["fedit", "ffa", "fedsa", "celora", "folklora", "fedsb", "ravan"]
 

@@ -25,7 +25,8 @@ from folklora.methods.contract import Message, State
 from folklora.privacy.attacks.warm import Warm
 from folklora.privacy.attacks.witness import Alone
 from folklora.randomness import derive
-from folklora.training.cohort import CohortTrainer, Fitted, Job
+from folklora.training.cohort import CohortTrainer
+from folklora.training.jobs import Fitted, Job
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from folklora.methods.work import rate_of
 from folklora.privacy.attacks.observation import Knowledge, Observation, Victim, cut, moving
 from folklora.privacy.attacks.replica import Replica
 from folklora.privacy.attacks.warm import Warm, with_batch
-from folklora.training.cohort import CohortTrainer, Job
+from folklora.training.cohort import CohortTrainer
+from folklora.training.jobs import Job
 from folklora.training.optimizer import schedule
 
 

@@ -34,10 +34,10 @@ examples/data/heldout/fashion.npz: | $(VENV)/.installed
 	$(BIN)/python examples/prepare_data.py --data $(DATA) --to examples/data
 
 models/tiny-%/quality.json: | examples/data/heldout/fashion.npz # the last that is written
-	$(BIN)/python examples/pretrain_tiny_$*.py --steps $(STEPS-$*) --to models/tiny-$*
+	$(BIN)/python examples/pretrain_tiny_$*.py --steps $(STEPS-$*) --device cpu --to models/tiny-$*
 
 models/tiny-albert/quality.json: | examples/data/heldout/fashion.npz
-	$(BIN)/python examples/distil_shared_depth.py --banking $(DATA)/banking77/train.csv --steps 10000 --to models/tiny-albert
+	$(BIN)/python examples/distil_shared_depth.py --banking $(DATA)/banking77/train.csv --steps 10000 --device cpu --to models/tiny-albert
 
 # ARGS reach pytest: make test ARGS="tests/methods -x"
 test: $(VENV)/.installed-dev

@@ -195,7 +195,7 @@ def plan(found: Mapping[str, Setting], equal: Mapping[str, Mapping[str, str]]) -
                 if part == "equal bytes":
                     tuned = equal.get(TUNING_SETTINGS[0], {})
                     for method, entry in equal.get(name, {}).items():
-                        cells.append(Cell(part, found[name], seed, entry, tuned=tuned.get(method)))
+                        cells.append(Cell(part, found[name], seed, entry, tuned=tuned.get(method, entry)))
                     continue
                 variants = {"methods": METHODS, "ablations": ABLATIONS, "ranks": mixed_ranks()}[part]
                 cells += [Cell(part, found[name], seed, each) for each in variants]
@@ -303,9 +303,14 @@ class Bench(Store):
         return tuning(self.found, self.examples, self.tuned.get("validation", {}), self.at_equal_bytes())
 
     def at_equal_bytes(self) -> tuple[str, ...]:
-        """What is tuned beside the methods: their entries at equal bytes in the first setting, once they are known."""
+        """What is tuned beside the methods: their entries at equal bytes in the first setting, once they are known, and
+        of methods that have none there those of another."""
         known = self.before.get("settings", {}).get("equal_bytes", {}) | self.equal
-        return tuple(known.get(TUNING_SETTINGS[0], {}).values())
+        names = dict.fromkeys(name for part, of, _ in STAGES if part == "equal bytes" for name in of)
+        entries: dict[str, str] = {}
+        for name in sorted(names, key=lambda name: name != TUNING_SETTINGS[0]):
+            entries = {**entries, **known.get(name, {}), **entries}
+        return tuple(entries.values())
 
     def collect_tuning(self) -> None:
         """Validation accuracy by setting, method and rate, and the best rate of every method that has been tried."""
@@ -356,7 +361,10 @@ class Bench(Store):
             rows: dict[tuple[str, str, int], Row] = {}
             for cell in cells:
                 entry = cell.entry(rates)
-                if entry is None or cell.key in rows:
+                if cell.key in rows:
+                    continue
+                if entry is None:  # a rate that is chosen later may be the one it was run at
+                    rows |= {cell.key: self.held[cell.key]} if cell.key in self.held else {}
                     continue
                 if (row := self.finished(cell, entry)) is not None:
                     known = {"setting": cell.setting.name, "variant": cell.variant, "recipe": cell.identity(entry)}
@@ -585,7 +593,7 @@ def main() -> None:
     pace = Pace(bench.collect(write=not arguments.list))
     failed: dict[str, str] = {}
     if not (arguments.list or arguments.collect):
-        if arguments.tune and not bench.at_equal_bytes():
+        if arguments.tune:
             failed |= bench.price(TUNING_SETTINGS[:1])
         for _ in TUNING_SETTINGS:  # what is asked of the second is known after the first
             failed |= work(bench, rates(), pace)

@@ -34,7 +34,8 @@ class Budget:
     """When to stop: after so many steps, so many minutes, or whichever is first.
 
     The learning rate follows the larger of the two fractions used. So a budget of steps alone gives the same weights
-    whenever it is run on the same machine; one of minutes makes the best of a machine of unknown speed.
+    whenever it is run with as many threads on the same machine; one of minutes makes the best of a machine of unknown
+    speed.
     """
 
     steps: int | None
@@ -103,14 +104,15 @@ def pretrain(
     Returns
     -------
     dict
-        Steps and seconds, of all sittings together, and threads.
+        Steps and seconds, of all sittings together; threads and device.
     """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
     device = next(model.parameters()).device
-    told = {**told, "steps": budget.steps, "minutes": budget.minutes, "threads": torch.get_num_threads()}
+    where = {"threads": torch.get_num_threads(), "device": device.type}
+    told = {**told, **where, "steps": budget.steps, "minutes": budget.minutes}
     step, before = _restore(to / CHECKPOINT, told, model, optimizer)
     started = saved = shown = time.monotonic()
     model.train()
@@ -136,7 +138,7 @@ def pretrain(
     seconds = before + time.monotonic() - started
     _save(to / CHECKPOINT, told, model, optimizer, step, seconds)
     model.eval()
-    return {"steps": step, "seconds": round(seconds), "threads": told["threads"]}
+    return {"steps": step, "seconds": round(seconds), **where}
 
 
 def _tell(line: str) -> None:

@@ -44,6 +44,7 @@ def test_what_is_no_number_stays_none() -> None:
     assert logits.grad is not None
     assert logits.grad.isnan().all()
     assert felt(torch.ones(2)).grad_fn is None  # nothing to hang a hook on
+    assert torch.autograd.gradcheck(lambda x: felt(x * 2), torch.ones(2, dtype=torch.float64, requires_grad=True))
 
 
 def test_a_sure_classifier_sends_nothing_small_through_its_backbone(

@@ -118,6 +118,8 @@ def test_a_rank_at_equal_bytes_has_a_rate_of_its_own(bench: accuracy.Bench) -> N
     bench.collect()  # what was priced once is tuned wherever the results are read again
     later = accuracy.Bench(bench.runs, bench.results, bench.found)
     assert later.at_equal_bytes() == ("celora:adapter.rank=80",)
+    later.equal = {**equal, "sgd by service": {"ffa": "ffa:adapter.rank=16"}}  # what the first setting does not have
+    assert later.at_equal_bytes() == ("celora:adapter.rank=80", "ffa:adapter.rank=16")
 
 
 def test_filters_let_through_what_all_of_them_name(bench: accuracy.Bench) -> None:
@@ -189,6 +191,17 @@ def test_what_was_collected_is_not_run_again_where_its_runs_are_gone(
     assert accuracy.work(later, [*tuned, *cells], accuracy.Pace([])) == {}
     later.collect()
     assert rows(later) == before
+
+
+def test_a_row_whose_rate_is_not_chosen_yet_is_kept(bench: accuracy.Bench) -> None:
+    cell = cells_of(bench, method="fedit")[0]
+    leave(bench, cell)
+    bench.collect()
+    before = rows(bench)
+    bench.write("tuning", {**bench.load("tuning"), "chosen": {}})
+    shutil.rmtree(bench.runs)
+    accuracy.Bench(bench.runs, bench.results, bench.found).collect()
+    assert rows(bench) == before
 
 
 def test_rows_written_before_rows_told_their_recipe_are_kept(bench: accuracy.Bench) -> None:

@@ -146,7 +146,7 @@ def _positions(config: Any) -> int:
     ropes = [ropes, *(of for of in ropes.values() if isinstance(of, dict))]  # some have one for each kind of layer
     limits = [of.get("original_max_position_embeddings") for of in ropes if of.get("rope_type") == "longrope"]
     limits.append(getattr(config, "max_position_embeddings", None))
-    return min((int(limit) for limit in limits if limit), default=sys.maxsize)
+    return min((int(limit) for limit in limits if limit and limit > 0), default=sys.maxsize)
 
 
 def _first_position(model: nn.Module) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,5 +18,9 @@ def felt(logits: Tensor) -> Tensor:
     numbers for 0 itself is a thread's own, so that results would depend on who does the sum.
     """
     if logits.requires_grad:
-        logits.register_hook(partial(F.hardshrink, lambd=LEAST))
+        logits.register_hook(_without_what_is_not_felt)
     return logits
+
+
+def _without_what_is_not_felt(slopes: Tensor | None) -> Tensor | None:
+    return None if slopes is None else F.hardshrink(slopes, LEAST)

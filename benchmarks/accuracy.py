@@ -306,10 +306,11 @@ class Bench(Store):
         """What is tuned beside the methods: their entries at equal bytes in the first setting, once they are known, and
         of methods that have none there those of another."""
         known = self.before.get("settings", {}).get("equal_bytes", {}) | self.equal
-        names = dict.fromkeys(name for part, of, _ in STAGES if part == "equal bytes" for name in of)
+        others = [name for part, names, _ in STAGES if part == "equal bytes" for name in names]
         entries: dict[str, str] = {}
-        for name in sorted(names, key=lambda name: name != TUNING_SETTINGS[0]):
-            entries = {**entries, **known.get(name, {}), **entries}
+        for name in (TUNING_SETTINGS[0], *others):
+            for method, entry in known.get(name, {}).items():
+                entries.setdefault(method, entry)
         return tuple(entries.values())
 
     def collect_tuning(self) -> None:
@@ -318,12 +319,13 @@ class Bench(Store):
             before = self.tuned = self._tuning()
             scores = {name: dict(before.get("validation", {}).get(name, {})) for name in TUNING_SETTINGS}
             chosen: dict[str, str] = dict(before.get("chosen", {}))
+            resized = self.at_equal_bytes()
             for name in TUNING_SETTINGS:  # the first says what is asked of the second
-                for cell in tuning(self.found, self.examples, scores, self.at_equal_bytes()):
+                for cell in tuning(self.found, self.examples, scores, resized):
                     entry = cell.entry({})
                     if cell.setting.name == name and entry and (row := self.finished(cell, entry)) is not None:
                         scores[name][f"{cell.variant} {cell.rate}"] = row["validation_mean"]
-            tuned = (*TUNED, *self.at_equal_bytes())
+            tuned = (*TUNED, *resized)
             chosen |= {variant: rate for variant in tuned if (rate := chosen_rate(variant, scores)) is not None}
             made = {"seed": TUNING_SEED, "examples": self.examples, "settings": list(TUNING_SETTINGS)}
             self.tuned = {"grid": GRID, "sgd_grid": SGD_GRID, **made, "validation": scores, "chosen": chosen}
@@ -363,10 +365,10 @@ class Bench(Store):
                 entry = cell.entry(rates)
                 if cell.key in rows:
                     continue
-                if entry is None:  # a rate that is chosen later may be the one it was run at
-                    rows |= {cell.key: self.held[cell.key]} if cell.key in self.held else {}
-                    continue
-                if (row := self.finished(cell, entry)) is not None:
+                if entry is None:
+                    if cell.key in self.held:  # a rate that is chosen later may be the one it was run at
+                        rows[cell.key] = self.held[cell.key]
+                elif (row := self.finished(cell, entry)) is not None:
                     known = {"setting": cell.setting.name, "variant": cell.variant, "recipe": cell.identity(entry)}
                     rows[cell.key] = {**row, **known, "lr": float(entry.rpartition("=")[2])}
             # Settings whose data is not at hand here keep their rows, and their place in the plan.
@@ -593,11 +595,12 @@ def main() -> None:
     pace = Pace(bench.collect(write=not arguments.list))
     failed: dict[str, str] = {}
     if not (arguments.list or arguments.collect):
-        if arguments.tune:
-            failed |= bench.price(TUNING_SETTINGS[:1])
+        first = TUNING_SETTINGS[:1] if arguments.tune else ()  # its ranks are tuned, whatever else is asked for
+        failed |= bench.price(
+            name for name in found if name in first or filtered(priced(found[name]), *filters[:2], "")
+        )
         for _ in TUNING_SETTINGS:  # what is asked of the second is known after the first
             failed |= work(bench, rates(), pace)
-        failed |= bench.price(name for name in found if filtered(priced(found[name]), *filters[:2], ""))
         failed |= work(bench, filtered(plan(found, bench.equal), *filters), pace)
         bench.collect()
     cells = [*rates(), *filtered(plan(found, bench.equal), *filters)]

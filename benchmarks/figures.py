@@ -22,13 +22,14 @@ import quality_tables
 import serving_tables
 import shots_tables
 import table_parts
-from accuracy_tables import MAIN, Results, accuracy_results, bought_results, equal_rank, own_model
+import task_figures
+from accuracy_tables import MAIN, Results, accuracy_results, bought_results, equal_rank
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
+from method_marks import kind, name
 
-from folklora.methods import METHODS
 from folklora.report.ranking import Scores, complete, rank_difference, ranking
 from folklora.report.style import (
     Theme,
@@ -41,29 +42,9 @@ from folklora.report.style import (
     percent_axis,
     png,
     spread_apart,
-    title,
 )
 
 LINE = 0.175  # inches that a label needs
-
-
-def name(variant: str) -> str:
-    """``fedit:train.optimizer=sgd:scaffold=true`` -> ``fedit optimizer=sgd scaffold``."""
-    method, *options = variant.split(":")
-    told = [o.removeprefix("train.").removeprefix("adapter.").removesuffix("=true") for o in options]
-    return title(" ".join((method, *told)), 34)
-
-
-def kind(variant: str, theme: Theme) -> tuple[str, str, str]:
-    """Family, colour and marker: what travels, and whether all end with one model."""
-    cls = METHODS[variant.partition(":")[0]]
-    if not cls.travels:
-        return "no adapter travels", theme.palette[9], "D"
-    if cls.core:
-        return "a small core travels", theme.palette[2], "s"
-    if own_model(cls):
-        return "factors travel, a model each", theme.palette[1], "^"
-    return "factors travel, one model for all", theme.palette[0], "o"
 
 
 def accuracy_against_bytes(results: Results, setting: str) -> Figure | None:
@@ -244,7 +225,7 @@ def main() -> None:
     stale = []
     others = {**privacy_figures.PICTURES, **newcomers_tables.PICTURES}
     others |= {**depth_tables.PICTURES, **drift_tables.PICTURES, **experts_tables.PICTURES, **shots_tables.PICTURES}
-    others |= law_tables.PICTURES
+    others |= {**law_tables.PICTURES, **task_figures.PICTURES}
     others |= {**quality_tables.PICTURES, **serving_tables.PICTURES}
     for file, draw in {**pictures(accuracy_results()), **others}.items():
         figure, path = draw(), arguments.to / f"{file}.png"

@@ -6,11 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 from accuracy_tables import COUNTS, Column, bytes_cells
-from table_parts import NOT_RUN, Row, label, load, markdown, spread
+from table_parts import NOT_RUN, Row, label, load, markdown, picture, spread
 
-from folklora.backbones.metric import KNOWN, metric_of
+from folklora.backbones.metric import KNOWN, Metric, metric_of
 
-SIGNS = {"local:train.rounds=0": "*checkpoint as it is*"}
+UNTRAINED = "local:train.rounds=0"
+SIGNS = {UNTRAINED: "*checkpoint as it is*"}
+
+
+def scores(document: dict[str, Any], name: str) -> tuple[Metric, dict[str, dict[int, float]]]:
+    """What a task is judged by, and by variant that has any: seed -> its mean over clients."""
+    rows: list[Row] = [row for row in document["rows"] if row["task"] == name]
+    metric = metric_of(rows[0] if rows else {})
+    of: dict[str, dict[int, float]] = {variant: {} for variant in document["tasks"][name]["variants"]}
+    for row in rows:
+        of.setdefault(row["variant"], {})[row["seed"]] = row[f"{metric.name}_mean"]
+    return metric, {variant: seeds for variant, seeds in of.items() if seeds}
 
 
 def task(name: str) -> Callable[[], str]:
@@ -22,12 +33,10 @@ def task(name: str) -> Callable[[], str]:
         rows: list[Row] = [row for row in document["rows"] if row["task"] == name]
         if told is None or not rows:
             return NOT_RUN
-        metric, planned = metric_of(rows[0]), document["seeds"]
+        metric, found_scores = scores(document, name)
+        planned = document["seeds"]
         of = {variant: [row for row in rows if row["variant"] == variant] for variant in told["variants"]}
-        merits = {
-            v: {row["seed"]: metric.merit(row[f"{metric.name}_mean"]) for row in found} for v, found in of.items()
-        }
-        judged = Column.of({v: seeds for v, seeds in merits.items() if seeds})
+        judged = Column.of({v: {s: metric.merit(x) for s, x in seeds.items()} for v, seeds in found_scores.items()})
         besides = [m for key, m in KNOWN.items() if key != metric.name and f"{key}_mean" in rows[0]]
         lines = []
         for variant, found in of.items():
@@ -91,6 +100,7 @@ def _told(found: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "tasks-checkpoints": ("tasks", checkpoints),
     "tasks-settings": ("tasks", settings),
+    "tasks-picture": ("tasks", picture("tasks", "Every method on every task")),
     "tasks-fashion": ("tasks", task("fashion, Dirichlet 0.5")),
     "tasks-emoji": ("tasks", task("emoji by group")),
     "tasks-shakespeare": ("tasks", task("shakespeare by role")),

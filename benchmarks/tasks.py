@@ -70,9 +70,9 @@ class Task:
 
 NEW = 'model.template="Question: {}\\nAnswer: "'
 """Prompts in a format that the checkpoint never met: it was pretrained on such texts, little else is left."""
-SHORT = (NEW, "train.rounds=3", "train.batch_size=2")
+SHORT = (NEW, "train.rounds=3", "train.batch_size=2", "model.max_length=96")
 """The language models' runs are made shorter than their recipes: there are hundreds of them, of half a minute each."""
-DOLLY = (*SHORT, "data.limit=480", "model.max_length=96")
+DOLLY = (*SHORT, "data.limit=480")
 
 TASKS = (
     Task("fashion, Dirichlet 0.5", "fashion.toml"),

@@ -27,7 +27,7 @@ ROWS = [
 ]
 CHATS = [
     (("user", "Name a fruit."), ("assistant", "Apple")),
-    (("user", "Sum up.\n\nOnce upon\na time"), ("assistant", "A tale, short")),
+    (("user", "Once upon\na time\n\nSum up."), ("assistant", "A tale, short")),
     (("user", "naïve ☃?"), ("assistant", 'say "yes"')),
 ]
 

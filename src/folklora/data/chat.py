@@ -18,10 +18,13 @@ MESSAGES = 'a list of {"role", "content"} or {"from", "value"}'
 
 
 def from_columns(columns: Columns, row: int, prompt: str, response: str, context: str | None) -> Chat:
-    """A question and its answer; a context that is not empty stands behind the question, after a blank line."""
+    """A question and its answer; a context that is not empty stands before the question, a blank line between them.
+
+    Before it, for a prompt that is too long loses its beginning: better a part of the context than what is asked.
+    """
     question = columns.string(row, prompt)
     if context is not None and why_not_text(columns.values[context][row]) not in ("missing", "empty"):
-        question = f"{question}\n\n{columns.string(row, context)}"
+        question = f"{columns.string(row, context)}\n\n{question}"
     return (("user", question), ("assistant", columns.string(row, response)))
 
 

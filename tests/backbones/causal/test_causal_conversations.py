@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from folklora.backbones.conversation import ConversationTokenizer
+from folklora.data.chat import from_columns
+from folklora.data.columns import Columns
 from folklora.errors import BackboneError, DataError
 
 CHAT = (("user", "w1 w2"), ("assistant", "w3 w4"))
@@ -306,6 +309,15 @@ def test_the_prompt_is_cut_on_the_left_to_a_quarter_and_then_the_response_on_the
     assert text(tokenizer, example.tokens[example.prompt :]) == response
     assert len(example) <= limit
     assert task.lay_out([[example]]).wanted.tolist() == example.tokens[example.prompt :]
+
+
+def test_of_a_long_context_a_part_goes_and_never_what_is_asked(lab: SimpleNamespace) -> None:
+    tokenizer = lab.words(*ROLES, eos_token="<eos>")
+    task = lab.task_of(lab.stock("llama"), tokenizer, template="{}", max_length=6)
+    row = {"asked": ["w30 w31"], "said": ["w40"], "about": [" ".join(f"w{i}" for i in range(20))]}
+    chat = from_columns(Columns("table", ["row 1"], row, Path()), 0, "asked", "said", "about")
+    (example,) = task.encode([chat])
+    assert text(tokenizer, example.tokens) == "w18 w19 w30 w31 w40 <eos>"
 
 
 def test_no_text_is_longer_than_the_model_has_positions(lab: SimpleNamespace) -> None:

@@ -313,11 +313,11 @@ def test_the_prompt_is_cut_on_the_left_to_a_quarter_and_then_the_response_on_the
 
 def test_of_a_long_context_a_part_goes_and_never_what_is_asked(lab: SimpleNamespace) -> None:
     tokenizer = lab.words(*ROLES, eos_token="<eos>")
-    task = lab.task_of(lab.stock("llama"), tokenizer, template="{}", max_length=6)
+    task = lab.task_of(lab.stock("llama"), tokenizer, template="{}", max_length=8)
     row = {"asked": ["w30 w31"], "said": ["w40"], "about": [" ".join(f"w{i}" for i in range(20))]}
     chat = from_columns(Columns("table", ["row 1"], row, Path()), 0, "asked", "said", "about")
     (example,) = task.encode([chat])
-    assert text(tokenizer, example.tokens) == "w18 w19 w30 w31 w40 <eos>"
+    assert text(tokenizer, example.tokens) == "w18 w19 | | w30 w31 w40 <eos>"
 
 
 def test_no_text_is_longer_than_the_model_has_positions(lab: SimpleNamespace) -> None:

@@ -260,9 +260,9 @@ def test_names_with_brackets_are_no_markup(
     assert ran.code == 0
     assert f"report: {out / 'report.html'}" in ran.out
     assert "failed: " in ran.err
-    answered = folklora("predict", out, "w1 [bold]", "--client", "..")
+    answered = folklora("predict", out, "w1 [bold] :100: a\x1b[2J", "--client", "..")
     assert answered.code == 0
-    assert "w1 [bold]\n" in answered.out
+    assert "w1 [bold] :100: a\\x1b[2J\n" in answered.out
     assert answered.out.startswith("[/red]")
 
 
@@ -364,7 +364,7 @@ def test_export_writes_a_folder_once(folklora: Command, finished: Path, tmp_path
         (("resume", "absent"), "not a run directory"),
         (("resume", "{finished}/server"), "not a run directory"),
         (("report", "absent"), "absent"),
-        (("export", "{finished}", "--client", "9", "--to", "x"), "no client '9'; allowed: 0, 1, 2, 3"),
+        (("export", "{finished}", "--client", "9", "--to", "x"), "no client '9'; allowed: '0', '1', '2', '3'"),
         (("predict", "{finished}", "text", "--client", "nobody"), "no client 'nobody'"),
         (("predict", "{finished}", "text", " ", "--client", "0"), "text 2 is empty"),
         (("predict", "absent", "text", "--client", "0"), "not a run directory"),

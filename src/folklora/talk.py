@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 
 import typer
 
-from folklora.errors import DataError, FolkLoraError, one_line
+from folklora.errors import DataError, FolkLoraError
 from folklora.federation.chat import Conversation
-from folklora.terminal import err, out, print_json
+from folklora.terminal import err, out, print_json, still
 
 HELP = "/reset forgets what was said, /quit or Ctrl-D ends"
 
@@ -44,7 +44,10 @@ def _questions(conversation: Conversation) -> Iterator[str]:
     if sys.stdin.isatty():
         err.print(HELP)
     if not conversation.keeps:
-        err.print("note: the tokenizer has no chat template, so each question stands alone", soft_wrap=True)
+        err.print(
+            "note: each question stands alone: the tokenizer has no chat template, or model.template takes its place",
+            soft_wrap=True,
+        )
     for line in _lines():
         match line.strip():
             case "/quit":
@@ -88,7 +91,7 @@ def _shown(pieces: Iterable[str], *, quiet: bool) -> str:
     for piece in pieces:
         answer += piece
         if not quiet:
-            sys.stdout.write("".join(c if c in "\n\t" else one_line(c) for c in piece))
+            sys.stdout.write(still(piece))
             sys.stdout.flush()
     if not quiet:
         sys.stdout.write("\n")

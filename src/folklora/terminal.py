@@ -20,10 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from folklora.backbones.metric import ACCURACY, metric_of
 from folklora.errors import one_line
 
-# Into a file or a pipe a table is as wide as it needs to be, not as a terminal of 80 columns. No markup: names of
-# clients, classes and folders may hold brackets.
-out = Console(width=None if sys.stdout.isatty() else 150, markup=False, highlight=False)
-err = Console(stderr=True, markup=False, highlight=False)
+# Into a file or a pipe a table is as wide as it needs to be, not as a terminal of 80 columns. No markup and no codes
+# of emoji: names of clients, classes and folders may hold brackets and colons, and so may what a model says.
+out = Console(width=None if sys.stdout.isatty() else 150, markup=False, highlight=False, emoji=False)
+err = Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+def still(text: str) -> str:
+    """A text that moves no terminal: what is not printable is spelt out, but for line breaks and tabs."""
+    return "".join(c if c in "\n\t" else one_line(c) for c in text)
 
 
 class Shown:

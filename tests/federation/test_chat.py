@@ -197,7 +197,9 @@ def test_the_oldest_turns_are_forgotten_where_there_is_no_room(
     assert "its oldest question is forgotten" in caplog.text
     caplog.clear()
     "".join(talking.say("w1 " * 500))
-    assert "its start is cut" in caplog.text
+    positions = talking.task.backbone.max_length
+    assert f"the prompt has 503 tokens, all but the last {positions - 4} are cut: " in caplog.text
+    assert f"model.max_length = {positions}, and beside 4 tokens (max_new_tokens) of an answer" in caplog.text
     assert len(talking.turns) == 2
 
 
@@ -207,6 +209,25 @@ def test_without_a_chat_template_each_question_stands_alone(places: Path, tmp_pa
     first = ["".join(talking.say("w1 w2")) for _ in range(2)]
     assert first[0] == first[1]
     assert (talking.keeps, talking.turns) == (False, [])
+
+
+def test_a_template_in_the_chat_template_s_place_leaves_each_question_alone(places: Path, tmp_path: Path) -> None:
+    run(recipe(places, "train.rounds=0", "eval.generate=[]", "model.template='ask {} say '"), tmp_path / "run")
+    asked = typed(tmp_path / "run", "--max-new-tokens", "2", typing="w1\nw1\n")
+    assert asked.stderr == (
+        "note: each question stands alone: the tokenizer has no chat template, or model.template takes its place\n"
+    )
+    first, second = asked.stdout.splitlines()
+    assert first == second
+
+
+def test_a_model_that_diverged_is_told_from_one_that_says_nothing(played: tuple[Path, dict[str, Any]]) -> None:
+    talking = open_conversation(played[0], "topic-0")
+    for tensor in talking.model.tensors.values():
+        tensor.fill_(np.nan)
+    with pytest.raises(FolkLoraError, match="client topic-0: its model diverged and gives no finite number"):
+        "".join(talking.say("w1 w2"))
+    assert talking.turns == []
 
 
 def test_what_is_drawn_follows_from_the_seed_and_the_place_in_the_conversation(

@@ -18,7 +18,7 @@ from folklora.backbones.backbone import Backbone
 from folklora.backbones.causal import CausalBackbone, CausalLM
 from folklora.backbones.classification import Classification
 from folklora.errors import BackboneError, RecipeError
-from folklora.training.generation import GREEDY, Sampling, draw, generate, refuse_speechless, stream
+from folklora.training.generation import GREEDY, LOST, Sampling, draw, generate, refuse_speechless, stream
 from folklora.training.prediction import Question
 
 WORDS, POSITIONS, ENDS = 64, 48, (3, 5, 8, 13, 21)
@@ -245,3 +245,20 @@ def test_nothing_is_asked(place: Callable[..., Place]) -> None:
 def test_what_is_no_number_chooses_nothing(of: dict[str, float]) -> None:
     with pytest.raises(RecipeError, match="allowed: numbers"):
         Sampling(**of)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(2.0, 0.9, 5)])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_model_that_diverged_says_nothing_and_the_others_what_they_say(
+    place: Callable[..., Place], sampling: Sampling, number: float
+) -> None:
+    here = place()
+    questions = here.questions()
+    before = generate(here.task, here.adapter, questions, NEW, sampling=sampling, tokens=100)
+    for tensor in questions[1].tensors.values():
+        tensor.fill_(number)
+    after = generate(here.task, here.adapter, questions, NEW, sampling=sampling, tokens=100)
+    assert after["client-1"] == [None] * SIZES[1]
+    assert {**after, "client-1": []} == {**before, "client-1": []}
+    made = list(stream(here.task, here.adapter, questions[1:2], NEW, sampling=sampling))
+    assert made == [("client-1", number, LOST) for number in range(SIZES[1])]

@@ -115,7 +115,7 @@ def save_peft(
     """
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
-        raise RunError(f"{folder} already holds an adapter; nothing was overwritten")
+        raise RunError(f"{folder} already holds an adapter; nothing was overwritten; allowed: a new folder")
     use = use or {"task": "classification"}
     folded = fold(tensors, adapter)
     weights: Tensors = {}

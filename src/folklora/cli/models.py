@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from folklora.cli.common import Json, Precision, RunFolder, Tuned
-from folklora.terminal import err, out, print_json
+from folklora.terminal import err, out, print_json, still
 
 
 def export(
@@ -79,6 +79,12 @@ def predict(
         str | None,
         typer.Option(help='Steps through a shared block, or "auto"; default: as the run has it', show_default=False),
     ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of a language model's answer, at most; default: eval.max_new_tokens", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask clients' own models: classify texts or pictures, choose the texts that fit a picture, answer prompts."""
@@ -89,7 +95,7 @@ def predict(
             raise typer.BadParameter("it says whom and what to ask", param_hint="--requests")
         if depth is not None:
             raise typer.BadParameter("requests are answered as the run has it", param_hint="--depth")
-        answers = predict_requests(path, requests, to, precision=dtype)
+        answers = predict_requests(path, requests, to, precision=dtype, max_new_tokens=max_new_tokens)
         if as_json:
             print_json(answers)
         elif to is None:
@@ -101,20 +107,26 @@ def predict(
 
     if client is None or to is not None:
         raise typer.BadParameter("give --client with texts or pictures, or --requests (with or without --out)")
-    answers = library_predict(path, client, text or (), image or (), precision=dtype, depth=_steps(depth))
+    answers = library_predict(
+        path, client, text or (), image or (), precision=dtype, depth=_steps(depth), max_new_tokens=max_new_tokens
+    )
     if as_json:
         print_json(answers)
         return
     for answer in answers:
         asked = answer["image"] if "image" in answer else answer["text"]
         if "answer" in answer:
-            out.print(answer["answer"], soft_wrap=True)
+            said = answer["answer"]
+            sys.stdout.write((_diverged(client, asked) if said is None else still(said)) + "\n")
         for found in answer.get("ranking", [answer] if "label" in answer else []):
             what = found["label"] if "label" in found else found["text"]
-            if found["probability"] is None:
-                out.print(f"no finite number: the model of client {client} diverged  {asked}", soft_wrap=True)
-            else:
-                out.print(f"{what}  ({100 * found['probability']:.1f} %)  {asked}", soft_wrap=True)
+            chance = found["probability"]
+            said = _diverged(client, asked) if chance is None else f"{what}  ({100 * chance:.1f} %)  {asked}"
+            out.print(still(said), soft_wrap=True)
+
+
+def _diverged(client: str, asked: str) -> str:
+    return f"no finite number: the model of client {client} diverged  {asked}"
 
 
 def _steps(depth: str | None) -> int | Literal["auto"] | None:

@@ -17,7 +17,7 @@ from folklora.errors import DataError
 from folklora.federation.depth_choice import at_depth
 from folklora.federation.run import ClientModel, client_model, recipe_of
 from folklora.recipe import Recipe
-from folklora.training.generation import prompt_tokens, refuse_speechless
+from folklora.training.generation import prompts_tokens, refuse_speechless
 from folklora.training.serving import MERGED, Model, Pool
 
 Precision = Literal["float32", "bfloat16"]
@@ -52,6 +52,7 @@ def predict(
     *,
     precision: Precision = "float32",
     depth: int | Literal["auto"] | None = None,
+    max_new_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
     """What a client's model says to each text, or to each picture.
 
@@ -77,6 +78,8 @@ def predict(
     depth
         How often a shared block is applied; "auto": see `folklora.federation.depth_choice.at_depth`; default: as the
         run has it.
+    max_new_tokens
+        Of an answer, at most; default: the recipe's ``eval.max_new_tokens``.
 
     Raises
     ------
@@ -87,7 +90,9 @@ def predict(
     RunError
         As `client_model`.
     """
-    _refuse_other(recipe_of(path), texts, images)
+    recipe = recipe_of(path)
+    _refuse_other(recipe, texts, images)
+    refuse_length(recipe, max_new_tokens)
     for number, text in enumerate(texts, start=1):
         if problem := why_not_text(text):
             raise DataError(f"text {number} is {problem}")
@@ -96,7 +101,8 @@ def predict(
         Request(client, picture=picture, name=str(image), texts=tuple(texts))
         for image, picture in zip(images, pictures, strict=True)
     ] or [Request(client, text) for text in texts]
-    return respond({client: at_depth(path, client_model(path, client, rows=False), depth)}, asked, precision)
+    models = {client: at_depth(path, client_model(path, client, rows=False), depth)}
+    return respond(models, asked, precision, max_new_tokens)
 
 
 def _refuse_other(recipe: Recipe, texts: Sequence[str], images: Sequence[str | Path]) -> None:
@@ -114,6 +120,18 @@ def _refuse_other(recipe: Recipe, texts: Sequence[str], images: Sequence[str | P
         raise DataError(f'{given or "nothing"} for a run with model.task = "{recipe.model.task}"; allowed: {allowed}')
 
 
+def refuse_length(recipe: Recipe, max_new_tokens: int | None) -> None:
+    """Raises DataError where an answer's length is given and nothing is written, or it is none."""
+    if max_new_tokens is None:
+        return
+    if recipe.model.task != "causal-lm":
+        raise DataError(
+            f'max_new_tokens for a run with model.task = "{recipe.model.task}"; allowed: with model.task = "causal-lm"'
+        )
+    if max_new_tokens < 1:
+        raise DataError(f"max_new_tokens = {max_new_tokens}; allowed: 1 or more")
+
+
 def pool_of(models: Mapping[str, ClientModel], precision: Precision = "float32", *, most: int = MERGED) -> Pool:
     """The clients' models, of one setup, ready to be asked; see `folklora.training.serving.Pool`."""
     setup = next(iter(models.values())).setup
@@ -122,11 +140,14 @@ def pool_of(models: Mapping[str, ClientModel], precision: Precision = "float32",
 
 
 def respond(
-    models: Mapping[str, ClientModel], asked: Sequence[Request], precision: Precision = "float32"
+    models: Mapping[str, ClientModel],
+    asked: Sequence[Request],
+    precision: Precision = "float32",
+    max_new_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
     """What the clients' models say, in the order of the requests; see `predict`.
 
-    A client whose model gives no finite numbers gets ``None`` for them, and nobody else does.
+    A client whose model gives no finite numbers gets ``None`` for them, and for an answer, and nobody else does.
 
     Parameters
     ----------
@@ -135,7 +156,7 @@ def respond(
     """
     setup, pool = next(iter(models.values())).setup, pool_of(models, precision)
     if setup.recipe.model.task == "causal-lm":
-        return _written(pool, setup.recipe.eval.max_new_tokens, asked)
+        return _written(pool, max_new_tokens or setup.recipe.eval.max_new_tokens, asked)
     found: list[dict[str, Any]] = [{} for _ in asked]
     alike: dict[tuple[str, ...], list[int]] = {}
     for i, request in enumerate(asked):
@@ -175,6 +196,7 @@ def _chosen(
 def _written(pool: Pool, most: int, asked: Sequence[Request]) -> list[dict[str, Any]]:
     task: Any = pool.task
     refuse_speechless(task)
-    prompts = [(request.client, prompt_tokens(task, [("user", request.text or "")], most)) for request in asked]
-    said = pool.continuations(prompts, most)
-    return [{"text": request.text, "answer": task.decode(ids)} for request, ids in zip(asked, said, strict=True)]
+    prompts = prompts_tokens(task, [[("user", request.text or "")] for request in asked], most)
+    said = pool.continuations([(each.client, ids) for each, ids in zip(asked, prompts, strict=True)], most)
+    answers = [None if ids is None else task.decode(ids) for ids in said]
+    return [{"text": request.text, "answer": answer} for request, answer in zip(asked, answers, strict=True)]

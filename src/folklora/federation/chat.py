@@ -11,7 +11,15 @@ from folklora.data.columns import why_not_text
 from folklora.errors import DataError, RunError
 from folklora.federation.run import ClientModel, client_model, recipe_of
 from folklora.randomness import derive
-from folklora.training.generation import Sampling, prompt_tokens, refuse_speechless, stream
+from folklora.training.generation import (
+    LOST,
+    Sampling,
+    prompt_tokens,
+    refuse_speechless,
+    room,
+    stream,
+    whole_length,
+)
 from folklora.training.prediction import Question
 
 log = logging.getLogger(__name__)
@@ -28,7 +36,8 @@ class Conversation:
     turns
         (role, content) of each turn that is remembered; the oldest are forgotten when the model has no room for them.
     keeps
-        Whether earlier turns are remembered at all: without a chat template there is no way to write them down.
+        Whether earlier turns are remembered at all: without a chat template, or where ``model.template`` stands in its
+        place, there is no way to write them down.
     """
 
     def __init__(self, model: ClientModel, *, max_new_tokens: int = 256, sampling: Sampling | None = None) -> None:
@@ -50,6 +59,8 @@ class Conversation:
         ------
         DataError
             If the text is empty or not valid Unicode, or the tokenizer's chat template refuses it.
+        RunError
+            If the model gives no finite numbers.
         """
         if problem := why_not_text(text):
             raise DataError(f"the prompt is {problem}; allowed: a text")
@@ -61,6 +72,8 @@ class Conversation:
         shown = ""
         adapter = own.setup.method.adapter
         for _, _, token in stream(self.task, adapter, [question], self.max_new_tokens, sampling=sampling):
+            if token == LOST:
+                raise RunError(f"client {own.client}: its model diverged and gives no finite number")
             ids.append(token)
             answer = self.task.decode(ids)
             if not answer.endswith(INCOMPLETE) and len(answer) > len(shown):
@@ -82,11 +95,12 @@ class Conversation:
         while True:
             chat = [*self.turns, ("user", text)]
             prompt = prompt_tokens(self.task, chat, self.max_new_tokens)
-            whole = len(self.task.conversations.prompt(chat))
+            whole = whole_length(self.task, chat)
             if len(prompt) >= whole:
                 return prompt
             if not self.turns:
-                log.warning("the prompt has %d tokens; the model has room for %d: its start is cut", whole, len(prompt))
+                why = room(self.task, self.max_new_tokens)
+                log.warning("the prompt has %d tokens, all but the last %d are cut: %s", whole, len(prompt), why)
                 return prompt
             self.turns = self.turns[2:]
             log.warning("the conversation is longer than the model has room for: its oldest question is forgotten")

@@ -65,7 +65,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         If there is something already, or the disk refuses; nothing is left behind then.
     """
     if os.path.lexists(path):
-        raise RunError(f"{path} already exists; nothing was overwritten")
+        raise RunError(f"{path} already exists; nothing was overwritten; allowed: a new name")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with reported(path):
         try:

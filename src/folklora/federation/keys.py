@@ -24,7 +24,7 @@ def make_key(path: str | Path) -> Key:
     path = Path(path)
     key = Key.new()
     if path.exists() or path.is_symlink():
-        raise FederationError(f"{path} already exists; nothing was overwritten")
+        raise FederationError(f"{path} already exists; nothing was overwritten; allowed: a new name")
     write_key(path, key)
     return key
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from folklora.data.columns import listed
 from folklora.data.sources import agreed_classes, load, load_test
 from folklora.data.split import Split, own_split
 from folklora.data.table import Table
@@ -121,7 +122,7 @@ def member_setup(recipe: Recipe, client: str, clients: Sequence[str], classes: S
     """
     validate(recipe)
     if client not in clients:
-        raise RecipeError(f"the run has no member {client!r}; allowed: {', '.join(list(clients)[:12])}")
+        raise RecipeError(f"the run has no member {client!r}; allowed: {listed(list(clients))}")
     ranks = client_ranks(recipe, list(clients))
     here = {"name": _backbone(recipe, own), "device": own.device or recipe.model.device}
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=here)})
@@ -205,7 +206,7 @@ def _share(recipe: Recipe, client: str, classes: Sequence[str], own: Own) -> Tab
     if client not in data.splits:
         raise DataError(
             f"the partition of {source} has no client {client!r}; allowed: members named as its clients are: "
-            f"{', '.join(list(data.splits)[:12])}"
+            f"{listed(list(data.splits))}"
         )
     if data.table.classes != tuple(classes):
         raise DataError(f"the labels of {source} are not those of the run; allowed: the server's data")

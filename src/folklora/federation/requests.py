@@ -19,7 +19,7 @@ from folklora.data.columns import Columns, either, listed, short
 from folklora.data.pictures import opened
 from folklora.data.readers import json_lines
 from folklora.errors import DataError, RunError
-from folklora.federation.answers import Precision, Request, respond
+from folklora.federation.answers import Precision, Request, refuse_length, respond
 from folklora.federation.files import reported, write_whole
 from folklora.federation.run import client_models, clients_of, recipe_of
 from folklora.recipe import Recipe
@@ -37,7 +37,12 @@ FIELDS: Mapping[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def predict_requests(
-    path: str | Path, requests: str | Path, out: str | Path | None = None, *, precision: Precision = "float32"
+    path: str | Path,
+    requests: str | Path,
+    out: str | Path | None = None,
+    *,
+    precision: Precision = "float32",
+    max_new_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
     """The answers to a file of requests, in its order; each has the client, what was asked and what was said.
 
@@ -49,6 +54,8 @@ def predict_requests(
         A new file for the answers, one a line.
     precision
         What the models compute in.
+    max_new_tokens
+        Of an answer, at most; default: the recipe's ``eval.max_new_tokens``.
 
     Raises
     ------
@@ -59,13 +66,15 @@ def predict_requests(
     """
     if out is not None and os.path.lexists(out):
         raise _taken(out)
-    asked = read_requests(Path(requests), recipe_of(path), clients_of(path))
+    recipe = recipe_of(path)
+    refuse_length(recipe, max_new_tokens)
+    asked = read_requests(Path(requests), recipe, clients_of(path))
     if out is not None:
         _refuse_unwritable(Path(out))
     models = client_models(path, list(dict.fromkeys(request.client for request in asked)), rows=False)
     found = [
         {CLIENT: request.client, **_renamed(answer, models[request.client].setup.recipe)}
-        for request, answer in zip(asked, respond(models, asked, precision), strict=True)
+        for request, answer in zip(asked, respond(models, asked, precision, max_new_tokens), strict=True)
     ]
     if out is not None:
         _write_new(Path(out), lines_of(found).encode())
@@ -73,7 +82,7 @@ def predict_requests(
 
 
 def _taken(out: str | Path) -> RunError:
-    return RunError(f"{out} already exists; nothing was overwritten")
+    return RunError(f"{out} already exists; nothing was overwritten; allowed: a new file")
 
 
 def _refuse_unwritable(out: Path) -> None:

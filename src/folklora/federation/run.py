@@ -20,6 +20,7 @@ import transformers
 from folklora import __version__
 from folklora.adapters.lowrank import Tensors
 from folklora.backbones.metric import Metric, same_metric
+from folklora.data.columns import listed
 from folklora.data.partition_file import from_json, to_json
 from folklora.errors import DataError, MessageError, RecipeError, RunError
 from folklora.federation.contract import CONTRACT, Contract
@@ -319,8 +320,7 @@ def client_models(
     wanted = list(setup.data.splits) if clients is None else list(dict.fromkeys(clients))
     for client in wanted:
         if client not in setup.data.splits:
-            known = ", ".join(list(setup.data.splits)[:12])
-            raise RunError(f"{path}: no client {client!r}; allowed: {known}")
+            raise RunError(f"{path}: no client {client!r}; allowed: {listed(list(setup.data.splits))}")
     patience = setup.recipe.train.patience
     checkpoint = (directory.checkpoint(best=True) if patience is not None else None) or directory.checkpoint()
     if checkpoint is None:

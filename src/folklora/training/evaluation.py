@@ -15,7 +15,7 @@ from folklora.backbones.task import Task
 from folklora.backbones.text_metrics import TEXT_METRICS
 from folklora.sections import EvalSection
 from folklora.training.generation import generate as answers_of
-from folklora.training.generation import prompt_tokens
+from folklora.training.generation import prompts_tokens
 from folklora.training.prediction import Question, predict
 
 Chats = Mapping[str, Sequence[Turns]]
@@ -59,10 +59,12 @@ def written(
     """
     chosen = {q.client: spread(chats[q.client], section.examples) for q in questions}
     most = section.max_new_tokens
-    asked = [replace(q, examples=[prompt_tokens(task, chat, most) for chat in chosen[q.client]]) for q in questions]
+    prompts = iter(prompts_tokens(task, [chat for q in questions for chat in chosen[q.client]], most))
+    asked = [replace(q, examples=[next(prompts) for _ in chosen[q.client]]) for q in questions]
     found: dict[str, dict[str, float]] = {}
     for client, answers in answers_of(task, adapter, asked, most).items():
-        pairs = [(chat[-1][1], task.decode(ids)) for chat, ids in zip(chosen[client], answers, strict=True)]
+        # A model that diverged says nothing.
+        pairs = [(chat[-1][1], task.decode(ids or [])) for chat, ids in zip(chosen[client], answers, strict=True)]
         if pairs:
             found[client] = {
                 name: sum(TEXT_METRICS[name](reference, answer) for reference, answer in pairs) / len(pairs)

@@ -8,6 +8,7 @@ batching. A client's rows are consecutive, so that its adapter is one group of r
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,8 @@ from folklora.backbones.task import Plug
 from folklora.errors import BackboneError, RecipeError
 from folklora.randomness import numpy_generator
 from folklora.training.prediction import Plugged, Question, stacked
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Sampling:
 
 GREEDY = Sampling()
 
+LOST = -1
+"""In place of a token where a model gives no finite numbers; its answer ends there."""
+
 _CACHED = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layers that need nothing of earlier tokens but keys and values."""
 
@@ -86,6 +92,25 @@ def prompt_tokens(task: CausalLM, chat: Turns, max_new_tokens: int) -> list[int]
     return task.encode_prompt(chat, min(max_new_tokens, task.backbone.max_length // 2))
 
 
+def prompts_tokens(task: CausalLM, chats: Sequence[Turns], max_new_tokens: int) -> list[list[int]]:
+    """`prompt_tokens` of each; how many were cut is logged."""
+    found = [prompt_tokens(task, chat, max_new_tokens) for chat in chats]
+    if cut := sum(len(ids) < whole_length(task, chat) for ids, chat in zip(found, chats, strict=True)):
+        log.warning("%d of %d prompts are cut on the left: %s", cut, len(found), room(task, max_new_tokens))
+    return found
+
+
+def whole_length(task: CausalLM, chat: Turns) -> int:
+    """Tokens of a prompt that is not cut."""
+    return len(task.conversations.prompt(chat))
+
+
+def room(task: CausalLM, max_new_tokens: int) -> str:
+    """What leaves a prompt no more room, in words."""
+    answer = f"{max_new_tokens} tokens (max_new_tokens) of an answer in the model's {task.backbone.max_length}"
+    return f"it must fit into model.max_length = {task.max_length}, and beside {answer}"
+
+
 def generate(
     task: CausalLM,
     adapter: LowRank,
@@ -96,10 +121,11 @@ def generate(
     tokens: int = 8192,
     dtype: torch.dtype = torch.float32,
     plugged: Plugged | None = None,
-) -> dict[str, list[list[int]]]:
+) -> dict[str, list[list[int] | None]]:
     """What each client's model says to each of its prompts, as token ids without the one that ends it.
 
-    The answer to a prompt does not depend on what else is in the batch, but for the rounding of sums.
+    None where the model gives no finite numbers: it diverged, and has nothing to say. The answer to a prompt does not
+    depend on what else is in the batch, but for the rounding of sums.
 
     Parameters
     ----------
@@ -117,12 +143,16 @@ def generate(
     BackboneError
         If a prompt leaves the model no position for an answer, or of `refuse_speechless`.
     """
-    answers: dict[str, list[list[int]]] = {q.client: [[] for _ in q.examples] for q in questions}
+    answers: dict[str, list[list[int] | None]] = {q.client: [[] for _ in q.examples] for q in questions}
     made = stream(
         task, adapter, questions, max_new_tokens, sampling=sampling, tokens=tokens, dtype=dtype, plugged=plugged
     )
     for client, prompt, token in made:
-        answers[client][prompt].append(token)
+        so_far = answers[client][prompt]
+        if token == LOST:
+            answers[client][prompt] = None
+        elif so_far is not None:
+            so_far.append(token)
     return answers
 
 
@@ -137,7 +167,7 @@ def stream(
     dtype: torch.dtype = torch.float32,
     plugged: Plugged | None = None,
 ) -> Iterator[tuple[str, int, int]]:
-    """As `generate`, each token as soon as it is there: (client, number of the prompt, token)."""
+    """As `generate`, each token as soon as it is there: (client, number of the prompt, token or, at last, `LOST`)."""
     refuse_speechless(task)
     waiting = deque(_rows(task, questions, max_new_tokens, sampling))
     live = _Live(task, questions, dtype, plugged or partial(stacked, task, adapter))
@@ -155,6 +185,9 @@ def stream(
         for row, token in zip(rows, _choose(logits, rows, sampling), strict=True):
             if token in task.end_tokens:
                 row.done = True
+            elif token == LOST:
+                row.done = True
+                yield questions[row.question].client, row.number, LOST
             else:
                 row.made.append(token)
                 row.done = len(row.prompt) + len(row.made) == row.most
@@ -305,11 +338,14 @@ def _narrow(cache: Any, width: int) -> None:
 
 
 def _choose(logits: Tensor, rows: Sequence[_Row], sampling: Sampling) -> list[int]:
-    """The next token of each row."""
+    """The next token of each row, or `LOST`."""
     if sampling.temperature == 0:
-        likeliest: list[int] = logits.argmax(dim=-1).tolist()
-        return likeliest
-    return draw(logits, torch.tensor([row.chance.random() for row in rows]), sampling).tolist()
+        tokens = logits.argmax(dim=-1)
+    else:
+        tokens = draw(logits, torch.tensor([row.chance.random() for row in rows]), sampling)
+    finite = torch.isfinite(logits.amax(dim=-1))  # what is not a number is its row's largest
+    found: list[int] = torch.where(finite, tokens, LOST).tolist()
+    return found
 
 
 def draw(logits: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:

@@ -123,14 +123,14 @@ class Pool:
 
     def continuations(
         self, asked: Sequence[Asked], max_new_tokens: int, *, sampling: Sampling = GREEDY
-    ) -> list[list[int]]:
+    ) -> list[list[int] | None]:
         """What the models go on with, as token ids, in the order of the prompts; see `generate`."""
         assert isinstance(self.task, CausalLM)
         questions, places = self._questions(asked, range(len(asked)))
         said = generate(
             self.task, self.adapter, questions, max_new_tokens, sampling=sampling, dtype=self.dtype, plugged=self
         )
-        found: list[list[int]] = [[] for _ in asked]
+        found: list[list[int] | None] = [None for _ in asked]
         for client, own in places.items():
             for place, ids in zip(own, said[client], strict=True):
                 found[place] = ids

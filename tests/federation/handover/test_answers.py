@@ -134,7 +134,7 @@ def test_what_a_task_is_not_asked(
 
 
 def test_an_unknown_client_is_one_line(finished: Finished, shown: Path) -> None:
-    with pytest.raises(RunError, match="no client '9'; allowed: 0, 1"):
+    with pytest.raises(RunError, match="no client '9'; allowed: '0', '1'"):
         predict(finished("vit"), "9", (), [shown / "w1" / "0.png"])
 
 
@@ -167,6 +167,23 @@ def test_an_answer_is_printed(finished: Finished, folklora: Callable[..., tuple[
     code, said, noise = folklora("predict", finished("llama"), "--client", "0", "w1 w2")
     (answer,) = predict(finished("llama"), "0", ["w1 w2"])
     assert (code, said) == (0, f"{answer['answer']}\n"), noise
+
+
+@pytest.mark.parametrize(
+    ("answer", "seen"),
+    [("1:100:5 [red]\n:smile:", "1:100:5 [red]\n:smile:"), ("a\x1b[2Jb", "a\\x1b[2Jb"), (None, "no finite number")],
+)
+def test_what_a_model_says_is_shown_as_it_is(
+    finished: Finished,
+    folklora: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str | None,
+    seen: str,
+) -> None:
+    said = [{"text": "w1", "answer": answer}]
+    monkeypatch.setattr("folklora.federation.answers.predict", lambda *given, **named: said)
+    code, out, _ = folklora("predict", finished("llama"), "--client", "0", "w1")
+    assert (code, out) == (0, f"{seen}\n" if answer else "no finite number: the model of client 0 diverged  w1\n")
 
 
 def test_a_member_asks_its_own_folder(finished: Finished, shown: Path, federated: Any) -> None:

@@ -122,6 +122,46 @@ def test_a_diverged_client_says_nothing_and_harms_nobody(
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 10
 
 
+def test_a_language_model_that_diverged_answers_null(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished("llama", "method.name=celora", "eval.max_new_tokens=6", "adapter.rank=[2,3]")
+    path = written(tmp_path, [{"client": client, "prompt": "w1 w2"} for client in "010"])
+    before = predict_requests(run, path)
+
+    def diverged(*arguments: Any, **named: Any) -> Any:
+        models = client_models(*arguments, **named)
+        for tensor in models["1"].tensors.values():
+            tensor.fill_(torch.nan)
+        return models
+
+    monkeypatch.setattr(asking, "client_models", diverged)
+    assert predict_requests(run, path) == [before[0], {**before[1], "answer": None}, before[2]]
+
+
+def test_an_answer_is_as_long_as_is_asked_for(finished: Finished, tmp_path: Path) -> None:
+    run = finished("llama", "method.name=celora", "eval.max_new_tokens=6", "adapter.rank=[2,3]")
+    path = written(tmp_path, [{"client": "0", "prompt": f"w{i} w{i + 1}"} for i in range(20)])
+    one, six, many = ([each["answer"] for each in predict_requests(run, path, max_new_tokens=n)] for n in (1, 6, 20))
+    assert predict_requests(run, path) == predict_requests(run, path, max_new_tokens=6)
+    assert all(long.startswith(short) for long, short in zip(many + six, six + one, strict=True))
+    assert sum(map(len, one)) < sum(map(len, six)) < sum(map(len, many))
+    assert predict(run, "0", ["w3 w4"], max_new_tokens=1)[0]["answer"] == one[3]
+    with pytest.raises(DataError, match="max_new_tokens = 0; allowed: 1 or more"):
+        predict(run, "0", ["w1 w2"], max_new_tokens=0)
+    with pytest.raises(DataError, match='max_new_tokens for a run with model.task = "classification"; allowed: with'):
+        predict(finished("text"), "0", ["w1"], max_new_tokens=3)
+    with pytest.raises(DataError, match="max_new_tokens for a run with"):
+        predict_requests(finished("text"), path, max_new_tokens=3)
+
+
+def test_a_prompt_that_is_cut_is_told(finished: Finished, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = finished("llama", "method.name=celora", "eval.max_new_tokens=6", "adapter.rank=[2,3]")
+    rows = [{"client": str(i % 2), "prompt": "w1 " * length} for i, length in enumerate((2, 900, 3, 800))]
+    predict_requests(run, written(tmp_path, rows))
+    assert "2 of 4 prompts are cut on the left: it must fit into model.max_length = " in caplog.text
+
+
 def test_answers_go_into_a_new_file(finished: Finished, tmp_path: Path) -> None:
     run, path = finished("text"), written(tmp_path, [{"client": "0", "text": "w1 Ä"}])
     found = predict_requests(run, path, tmp_path / "out" / "answers.jsonl")
@@ -249,7 +289,7 @@ def test_models_of_all_clients_are_those_of_each(finished: Finished, method: str
         assert model.rank == alone.rank
         assert model.tensors.keys() == alone.tensors.keys()
         assert all(torch.equal(tensor, alone.tensors[name]) for name, tensor in model.tensors.items())
-    with pytest.raises(RunError, match="no client 'x'; allowed: 0, 1"):
+    with pytest.raises(RunError, match="no client 'x'; allowed: '0', '1'"):
         client_models(run, ["0", "x"])
 
 

@@ -86,7 +86,8 @@ def checkpoints() -> str:
     for name, quality in load("tasks")["checkpoints"].items():
         size = f"{quality['parameters'] / 1e6:.1f} M"
         for data, found in quality["heldout"].items():
-            lines.append([name, size, f"{quality['steps']:,}", data, _told(found)])
+            taken = f"{quality['steps']:,} in {quality['seconds'] / 60:.0f} min"
+            lines.append([name, size, taken, data, _told(found)])
     return markdown(["checkpoint", "parameters", "steps", "held-out data", "quality"], lines, left=1)
 
 

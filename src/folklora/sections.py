@@ -140,7 +140,7 @@ class AdapterSection(Section):
     promote_share: float = Field(0.1, gt=0, le=1, description="of the clients first validated")
     alpha: float = Field(16.0, gt=0, description="scaling s = alpha / rank")
     targets: str = Field("default", min_length=1, description='"default", or a regex over module names')
-    tower: Literal["both", "image", "text"] = Field("both", description='image-text: where "default" puts adapters')
+    tower: Literal["both", "image", "text"] = Field("both", description="image-text: where adapters sit")
     dropout: float = Field(0.0, ge=0, lt=1)
     norm: bool = Field(False, description="also train the LayerNorms")
 

@@ -154,12 +154,18 @@ def test_sites_are_named_as_in_the_stock_model(seeing_model: Callable[[str], Pat
         assert (layers[site.name].in_features, layers[site.name].out_features) == (site.d_in, site.d_out)
 
 
-def test_a_regex_names_either_tower_whatever_the_default(seeing_model: Callable[[str], Path]) -> None:
-    backbone = load(seeing_model("clip"), tower="image", targets=r"text_model\..*fc1")
-    assert {site.name for site in backbone.sites} == {f"text_model.encoder.layers.{i}.mlp.fc1" for i in range(2)}
-    assert backbone.adapted == {"text"}
-    with pytest.raises(BackboneError, match="matches no linear layer of this clip"):
+def test_a_regex_names_layers_of_the_towers_that_are_adapted(seeing_model: Callable[[str], Path]) -> None:
+    for tower in ("image", "text"):
+        backbone = load(seeing_model("clip"), tower=tower, targets=r".*fc1")
+        assert len(backbone.sites) == 2
+        assert all(site.name.endswith("mlp.fc1") for site in backbone.sites)
+        assert backbone.adapted == {tower}
+    assert load(seeing_model("clip"), targets=r"text_model\..*fc1").adapted == {"text"}
+    with pytest.raises(BackboneError, match="matches no linear layer of this clip; allowed"):
         load(seeing_model("clip"), targets=".*projection")
+    with pytest.raises(BackboneError, match='no linear layer of this clip in adapter.tower = "image"; allowed') as told:
+        load(seeing_model("clip"), tower="image", targets=r"text_model\..*fc1")
+    assert "vision_model" in str(told.value)
 
 
 # -- classes by prompts ----------------------------------------------------------------------------------------------

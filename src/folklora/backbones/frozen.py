@@ -270,8 +270,8 @@ def adaptable(model: nn.Module) -> list[str]:
     ]
 
 
-def choose_targets(layers: list[str], targets: str, model_type: str) -> list[str]:
-    """Those of ``layers`` that a regex, or the architecture's default, names."""
+def choose_targets(layers: list[str], targets: str, model_type: str, part: str = "") -> list[str]:
+    """Those of ``layers`` that a regex, or the architecture's default, names; ``part``: what of a model they are."""
     if targets != "default":
         try:
             pattern = re.compile(targets)
@@ -283,7 +283,7 @@ def choose_targets(layers: list[str], targets: str, model_type: str) -> list[str
         chosen = [name for name in layers if pattern.fullmatch(name)]
         if not chosen:
             raise BackboneError(
-                f"adapter.targets = {targets!r} matches no linear layer of this {model_type}; "
+                f"adapter.targets = {targets!r} matches no linear layer of this {model_type}{part}; "
                 f'allowed: "default", or a regex over its linear layers, {_called(layers)}'
             )
         return chosen

@@ -115,10 +115,10 @@ class ImageTextBackbone(Frozen):
         )
 
     def targets(self, model: nn.Module, targets: str) -> list[str]:
-        layers = [n for n, m in model.named_modules() if n in self._tokenwise and isinstance(m, nn.Linear)]
-        if targets != "default":
-            return choose_targets(layers, targets, self.model_type)
-        return [name for name in choose_targets(layers, targets, self.model_type) if self._is_in_towers(name)]
+        linear = [n for n, m in model.named_modules() if n in self._tokenwise and isinstance(m, nn.Linear)]
+        layers = [name for name in linear if self._is_in_towers(name)]
+        part = f' in adapter.tower = "{self._towers[0]}"' if len(self._towers) == 1 else ""
+        return choose_targets(layers, targets, self.model_type, part)
 
     def norm_layers(self, model: nn.Module) -> list[str]:
         return [name for name in super().norm_layers(model) if name in self._tokenwise and self._is_in_towers(name)]

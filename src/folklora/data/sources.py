@@ -223,6 +223,7 @@ def _read_file(path: Path, wanted: list[str], form: Form, key: str = "") -> Colu
     if not path.is_file():
         embedded = ", ".join(f'"{name}"' for name in EMBEDDED)
         allowed = f"a {either(readers)} file; for data.source also a folder or an embedded name ({embedded})"
+        allowed += "; `make models` makes what the recipes here name"
         raise DataError(f"{key or path}: no such file; allowed: {allowed}")
     reader = readers.get(path.suffix.lower())
     if reader is None:

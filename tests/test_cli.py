@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from folklora.federation import run as library
 from folklora.methods import METHODS
@@ -264,6 +265,40 @@ def test_names_with_brackets_are_no_markup(
     assert answered.code == 0
     assert "w1 [bold] :100: a\\x1b[2J\n" in answered.out
     assert answered.out.startswith("[/red]")
+
+
+def test_wrong_words_and_pictures_are_one_line_and_no_run_is_begun(
+    folklora: Command, tiny_speaker: Path, tiny_chats: Path, seeing_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in tiny_chats.read_text().splitlines()]
+
+    def told(model: dict[str, Any], source: Path, *changes: str) -> str:
+        data = {"source": str(source), "clients": 2, "partition": "iid"}
+        path = tmp_path / "recipe.toml"
+        path.write_text(Recipe.parse({"model": {"device": "cpu", **model}, "data": data}, changes).to_toml())
+        line = mistake(folklora("run", path, "--out", tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+        return line
+
+    speaker = {"name": str(tiny_speaker), "task": "causal-lm"}
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps({**row, "response": "" if i == 6 else "w1"}) for i, row in enumerate(rows)))
+    assert f"{file}: line 7, column 'response': empty; allowed: a non-empty string" in told(speaker, file)
+    talk = [{"role": role, "content": "w1"} for role in ("user", "assistant", "user", "assistant")]
+    file.write_text("\n".join(json.dumps({"talk": talk}) for _ in rows))
+    line = told(speaker, file, "data.messages=talk")
+    assert "a conversation of the roles user, assistant, user, assistant needs a chat template" in line
+
+    for label in ("w1", "w2"):
+        (tmp_path / "shown" / label).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (9, 9), (20 * i, 90, 9)).save(tmp_path / "shown" / label / f"{i}.png")
+    broken = tmp_path / "shown" / "w2" / "4.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    looker = {"name": str(seeing_model("clip")), "task": "image-text"}
+    line = told(looker, tmp_path / "shown", "data.image=image")
+    assert "shown: w2/4.png, column 'image': damaged or cut off: " in line
+    assert "; allowed: a PNG, JPEG, WEBP, BMP or GIF picture" in line
 
 
 # -- export, predict ---------------------------------------------------------------------------------------------------

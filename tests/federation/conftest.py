@@ -219,3 +219,38 @@ def federated(tmp_path: Path) -> Callable[..., Federated]:
         return Federated(recipe, place / "server", place, InMemory(residents, **options))
 
     return make
+
+
+@pytest.fixture
+def speaking(tiny_speaker: Path, tiny_chats: Path) -> Callable[..., Recipe]:
+    """``speaking("method.name=fedit", ...)`` -> a recipe whose four clients are the topics."""
+
+    def make(*overrides: str) -> Recipe:
+        document = {
+            "model": {"name": str(tiny_speaker), "task": "causal-lm", "dtype": "float32"},
+            "data": {"source": str(tiny_chats), "partition": "natural", "by": "topic"},
+            "adapter": {"rank": 4, "targets": r".*(q_proj|v_proj|up_proj|down_proj)"},
+            "train": {"rounds": 2, "batch_size": 8, "lr": 1e-2},
+        }
+        return Recipe.parse(document, overrides)
+
+    return make
+
+
+COLOURS = {"w1": (220, 40, 40), "w2": (40, 220, 40), "w3": (40, 40, 220)}
+"""The class, which is also the word for it, and what its pictures look like."""
+
+
+@pytest.fixture(scope="session")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 noisy pictures of 9 x 14 pixels, with their colour's name, a caption of it, and one of three rooms."""
+    rng = np.random.default_rng(0)
+    labels = rng.choice(list(COLOURS), 120)
+    pixels = np.stack(
+        [np.clip(rng.normal(COLOURS[label], 40, (9, 14, 3)), 0, 255).astype(np.uint8) for label in labels]
+    )
+    captions = [f"{label} w{10 + i % 20}" for i, label in enumerate(labels)]
+    path = tmp_path_factory.mktemp("coloured") / "pictures.npz"
+    rooms = np.array([f"room-{i % 3}" for i in range(120)])
+    np.savez(path, image=pixels, label=labels, caption=np.array(captions), room=rooms)
+    return path

@@ -95,6 +95,27 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     kill_and_resume(recipes, (0.13, 0.44, 0.98), tmp_path, facts)
 
 
+def test_killed_and_resumed_with_words_and_with_pictures(
+    speaking: Callable[..., Recipe],
+    seeing_model: Callable[[str], Path],
+    coloured: Path,
+    tmp_path: Path,
+    facts: Facts,
+) -> None:
+    """Answers are written at the end, and what a tower without adapters says of a picture is computed once."""
+    written = ("eval.generate=['rouge_l']", "eval.max_new_tokens=4", "eval.examples=3", "adapter.dropout=0.1")
+    document = {
+        "model": {"name": str(seeing_model("clip")), "task": "image-text", "template": "{}", "dtype": "float32"},
+        "data": {"source": str(coloured), "clients": 4, "alpha": 1.0, "image": "image"},
+        "adapter": {"rank": 4, "tower": "image"},
+    }
+    recipes = {
+        "words": speaking("method.name=celora", *HARD, *written),
+        "pictures": Recipe.parse({**document, "method": {"name": "celora"}}, HARD),
+    }
+    kill_and_resume(recipes, (0.21, 0.6, 0.97), tmp_path, facts)
+
+
 def test_killed_while_the_last_round_is_tidied_up(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, facts: Facts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

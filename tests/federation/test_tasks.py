@@ -21,22 +21,6 @@ from folklora.recipe import Recipe
 HEADLESS = sorted(name for name in METHODS if not METHODS[name].needs_head)
 
 
-@pytest.fixture
-def speaking(tiny_speaker: Path, tiny_chats: Path) -> Callable[..., Recipe]:
-    """``speaking("method.name=fedit", ...)`` -> a recipe whose four clients are the topics."""
-
-    def make(*overrides: str) -> Recipe:
-        document = {
-            "model": {"name": str(tiny_speaker), "task": "causal-lm", "dtype": "float32"},
-            "data": {"source": str(tiny_chats), "partition": "natural", "by": "topic"},
-            "adapter": {"rank": 4, "targets": r".*(q_proj|v_proj|up_proj|down_proj)"},
-            "train": {"rounds": 2, "batch_size": 8, "lr": 1e-2},
-        }
-        return Recipe.parse(document, overrides)
-
-    return make
-
-
 @pytest.mark.parametrize("method", HEADLESS)
 def test_every_method_lowers_the_loss_of_a_language_model(
     speaking: Callable[..., Recipe], tmp_path: Path, method: str

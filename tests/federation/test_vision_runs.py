@@ -6,31 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from folklora.errors import BackboneError, FolkLoraError
 from folklora.federation.rounds import Silent
 from folklora.federation.run import resume, run
 from folklora.recipe import Recipe
-
-COLOURS = {"w1": (220, 40, 40), "w2": (40, 220, 40), "w3": (40, 40, 220)}
-"""The class, which is also the word for it, and what its pictures look like."""
-
-
-@pytest.fixture(scope="module")
-def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 noisy pictures of 9 x 14 pixels, with their colour's name, a caption of it, and one of three rooms."""
-    rng = np.random.default_rng(0)
-    labels = rng.choice(list(COLOURS), 120)
-    pixels = np.stack(
-        [np.clip(rng.normal(COLOURS[label], 40, (9, 14, 3)), 0, 255).astype(np.uint8) for label in labels]
-    )
-    captions = [f"{label} w{10 + i % 20}" for i, label in enumerate(labels)]
-    path = tmp_path_factory.mktemp("coloured") / "pictures.npz"
-    rooms = np.array([f"room-{i % 3}" for i in range(120)])
-    np.savez(path, image=pixels, label=labels, caption=np.array(captions), room=rooms)
-    return path
 
 
 @pytest.fixture

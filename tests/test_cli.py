@@ -287,7 +287,7 @@ def test_wrong_words_and_pictures_are_one_line_and_no_run_is_begun(
     talk = [{"role": role, "content": "w1"} for role in ("user", "assistant", "user", "assistant")]
     file.write_text("\n".join(json.dumps({"talk": talk}) for _ in rows))
     line = told(speaker, file, "data.messages=talk")
-    assert "a conversation of the roles user, assistant, user, assistant needs a chat template" in line
+    assert f"{file}: line 1: a conversation of the roles user, assistant, user, assistant needs a chat template" in line
 
     for label in ("w1", "w2"):
         (tmp_path / "shown" / label).mkdir(parents=True)
@@ -299,6 +299,9 @@ def test_wrong_words_and_pictures_are_one_line_and_no_run_is_begun(
     line = told(looker, tmp_path / "shown", "data.image=image")
     assert "shown: w2/4.png, column 'image': damaged or cut off: " in line
     assert "; allowed: a PNG, JPEG, WEBP, BMP or GIF picture" in line
+    Image.new("RGB", (20000, 1)).save(broken)
+    line = told(looker, tmp_path / "shown", "data.image=image", "data.limit=19", "data.min_examples=5")
+    assert "shown: w2/4.png: a picture of 1 x 20000 pixels; allowed: no side more than" in line
 
 
 # -- export, predict ---------------------------------------------------------------------------------------------------

@@ -32,6 +32,23 @@ class DataError(FolkLoraError):
     """A data source cannot be read, a row is broken, or a split is impossible."""
 
 
+class ExampleError(DataError):
+    """An example that a model cannot take; who knows where it is from says so (`folklora.data.table.encoded`).
+
+    Attributes
+    ----------
+    index
+        Of the example, from 0 on.
+    problem
+        What is wrong with it, and what is allowed.
+    """
+
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(f"example {index + 1}: {problem}")
+        self.index = index
+        self.problem = problem
+
+
 class BackboneError(FolkLoraError):
     """A backbone cannot be found, does not verify, or cannot do what the recipe asks."""
 

@@ -341,7 +341,7 @@ def test_retrieval_counts_captions_not_pairs(
 
 
 def test_a_picture_without_a_caption(seeing_model: Callable[[str], Path], noise: Callable[..., Any]) -> None:
-    with pytest.raises(DataError, match="example 1 .* allowed: a picture with its caption"):
+    with pytest.raises(DataError, match="example 1: of type .*; allowed: a picture with its caption"):
         captioned(seeing_model("clip")).encode(noise(2))
 
 
@@ -350,7 +350,7 @@ def test_a_picture_without_a_caption(seeing_model: Callable[[str], Path], noise:
 def test_what_is_no_picture(seeing_model: Callable[[str], Path], kind: Callable[..., ImageText], tower: str) -> None:
     task = kind(seeing_model("clip"), tower=tower)
     wrong = np.zeros((4, 4), dtype=np.uint8)
-    with pytest.raises(DataError, match="picture 1 is uint8"):
+    with pytest.raises(DataError, match="example 1: a picture of uint8"):
         task.encode([(wrong, "w1")] if task.captions else [wrong])
 
 

@@ -69,7 +69,7 @@ def test_both_steps_together_are_the_stock_processor(
 )
 def test_what_is_no_picture(picture: Any, message: str) -> None:
     good = np.zeros((4, 4, 3), dtype=np.uint8)
-    with pytest.raises(DataError, match=rf"picture 2 .*{message}.*; allowed: uint8 \[height, width, 3\]"):
+    with pytest.raises(DataError, match=rf"example 2: a picture .*{message}.*; allowed: uint8 \[height, width, 3\]"):
         PictureProcessor(processor("vit")).encode([good, picture])
 
 
@@ -77,7 +77,7 @@ def test_a_long_thin_picture_does_not_fill_the_memory() -> None:
     """Its short side is stretched to the model's: 1 x 400000 would become 14 x 5.6 million pixels."""
     ours = PictureProcessor(processor("clip"))
     ours.encode([np.zeros((1, 400, 3), dtype=np.uint8)])
-    with pytest.raises(DataError, match="picture 1 has 1 x 400000 pixels; allowed"):
+    with pytest.raises(DataError, match="example 1: a picture of 1 x 400000 pixels; allowed"):
         ours.encode([np.zeros((1, 400_000, 3), dtype=np.uint8)])
 
 

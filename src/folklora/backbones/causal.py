@@ -18,7 +18,7 @@ from folklora.backbones.conversation import ConversationTokenizer, Turns
 from folklora.backbones.decoder import CausalBackbone
 from folklora.backbones.metric import LOSS, Score
 from folklora.backbones.task import Plug
-from folklora.errors import DataError
+from folklora.errors import DataError, ExampleError
 
 __all__ = ["CausalBackbone", "CausalLM", "Dialogue", "Dialogues"]
 
@@ -120,15 +120,16 @@ class CausalLM:
             If the tokenizer cannot write a conversation, or nothing of its response is left to learn.
         """
         found, prompts_cut, responses_cut, cut = [], 0, 0, 0
-        for number, chat in enumerate(chats, start=1):
+        for index, chat in enumerate(chats):
             try:
                 prompt, response = self._prompt(chat), self.conversations.response(chat)
             except DataError as error:
-                raise DataError(f"example {number}: {error}") from None
+                raise ExampleError(index, str(error)) from None
             if not response:
-                raise DataError(
-                    f"example {number}: its response has no tokens, and the tokenizer has no token that ends one; "
-                    "allowed: a response with text"
+                raise ExampleError(
+                    index,
+                    "its response has no tokens, and the tokenizer has no token that ends one; allowed: a response "
+                    "with text",
                 )
             kept = response[: self.max_length - min(len(prompt), max(1, self.max_length // 4))]
             left = self._cut(prompt, self.max_length - len(kept))

@@ -31,7 +31,7 @@ from folklora.backbones.metric import ACCURACY, TEXT_TO_IMAGE, Score
 from folklora.backbones.pictures import PictureBatch, Pixels
 from folklora.backbones.task import Plug
 from folklora.backbones.towers import ImageTextBackbone
-from folklora.errors import BackboneError, DataError
+from folklora.errors import BackboneError, ExampleError
 
 __all__ = ["Example", "ImageText", "ImageTextBackbone", "ImageTextLayout"]
 
@@ -147,11 +147,9 @@ class ImageText:
         """
         if not self.captions:
             return [Example(picture) for picture in self._encode_pictures(inputs)]
-        for number, pair in enumerate(inputs):
+        for index, pair in enumerate(inputs):
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], str)):
-                raise DataError(
-                    f"example {number + 1} is of type {type(pair).__name__}; allowed: a picture with its caption"
-                )
+                raise ExampleError(index, f"of type {type(pair).__name__}; allowed: a picture with its caption")
         pictures = self._encode_pictures([picture for picture, _ in inputs])
         tokens = self.backbone.encode_texts([caption for _, caption in inputs], self.max_length)
         texts: Sequence[Any] = tokens if "text" in self.backbone.adapted else self._embed_texts(tokens)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from folklora.backbones.batch import Batch
-from folklora.errors import BackboneError, DataError
+from folklora.errors import BackboneError, ExampleError
 
 MAX_SIDE = 4096
 """Pixels: no longer side is believed of an image processor's settings."""
@@ -136,19 +136,20 @@ class PictureProcessor:
         values: np.ndarray = done["pixel_values"][0]
         return np.ascontiguousarray(values)
 
-    def _refuse_other(self, number: int, picture: Any) -> None:
+    def _refuse_other(self, index: int, picture: Any) -> None:
         allowed = "allowed: uint8 [height, width, 3]"
         if not isinstance(picture, np.ndarray):
-            raise DataError(f"picture {number + 1} is of type {type(picture).__name__}; {allowed}")
+            raise ExampleError(index, f"a picture of type {type(picture).__name__}; {allowed}")
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
-            raise DataError(f"picture {number + 1} is {picture.dtype} {list(picture.shape)}; {allowed}")
+            raise ExampleError(index, f"a picture of {picture.dtype} {list(picture.shape)}; {allowed}")
         edge = dict(getattr(self._processor, "size", None) or {}).get("shortest_edge")
         height, width = picture.shape[:2]
         if edge and edge * edge * max(height, width) > MAX_RESIZED * min(height, width):
             longest = MAX_RESIZED // (edge * edge)
-            raise DataError(
-                f"picture {number + 1} has {height} x {width} pixels; allowed: no side more than {longest} times as "
-                "long as the other"
+            raise ExampleError(
+                index,
+                f"a picture of {height} x {width} pixels; allowed: no side more than {longest} times as long as the "
+                "other",
             )
 
     def _checked(self) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from folklora.data.columns import Columns, listed, short
-from folklora.errors import DataError
+from folklora.errors import DataError, ExampleError
 from folklora.randomness import numpy_generator
 
 ONE_CLASS = ("all",)
@@ -37,12 +37,15 @@ class Table:
         Names, sorted, or as ``data.classes`` has them; `ONE_CLASS` where there are no labels.
     groups
         ``[n]`` values of ``data.by``, when named.
+    places
+        ``[n]``: where a person finds each, as `Columns.places` in its file; none where examples are nobody's.
     """
 
     inputs: list[Any]
     labels: np.ndarray
     classes: tuple[str, ...]
     groups: list[str] | None
+    places: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -50,7 +53,8 @@ class Table:
     def only(self, rows: np.ndarray) -> Table:
         """These examples, in the order of `rows`."""
         groups = None if self.groups is None else [self.groups[row] for row in rows]
-        return Table([self.inputs[row] for row in rows], self.labels[rows], self.classes, groups)
+        places = [self.places[row] for row in rows] if self.places else ()
+        return Table([self.inputs[row] for row in rows], self.labels[rows], self.classes, groups, places)
 
     @cached_property
     def pictures(self) -> np.ndarray | None:
@@ -90,8 +94,9 @@ def tabulated(columns: Columns, inputs: Sequence[Any], label: str | None, by: st
     rows = range(len(columns))
     names = None if label is None else [columns.name(row, label) for row in rows]
     groups = None if by is None else [columns.name(row, by) for row in rows]
+    places = [f"{columns.file}: {place}" for place in columns.places]
     if names is None or label is None:
-        return Table(list(inputs), np.zeros(len(rows), dtype=np.int64), ONE_CLASS, groups)
+        return Table(list(inputs), np.zeros(len(rows), dtype=np.int64), ONE_CLASS, groups, places)
     known = known or Known(tuple(sort_names(names)), "")
     if len(known.classes) < 2:
         raise DataError(f"{columns.file}: column {label!r}: a single class, {names[0]!r}; allowed: two or more")
@@ -100,7 +105,24 @@ def tabulated(columns: Columns, inputs: Sequence[Any], label: str | None, by: st
         if name not in index:
             problem = f"label {short(name)} is not among {known.origin}; allowed: {listed(known.classes)}"
             raise columns.blame(row, label, problem)
-    return Table(list(inputs), np.array([index[name] for name in names], dtype=np.int64), known.classes, groups)
+    labels = np.array([index[name] for name in names], dtype=np.int64)
+    return Table(list(inputs), labels, known.classes, groups, places)
+
+
+def encoded(encode: Callable[[Sequence[Any]], list[Any]], table: Table) -> list[Any]:
+    """What a task makes of the examples.
+
+    Raises
+    ------
+    DataError
+        If it cannot take one, with the place of that in its file.
+    """
+    try:
+        return encode(table.inputs)
+    except ExampleError as error:
+        if not table.places:
+            raise
+        raise DataError(f"{table.places[error.index]}: {error.problem}") from None
 
 
 def sort_names(names: Iterable[str]) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from folklora.data.columns import listed
 from folklora.data.sources import agreed_classes, load, load_test
 from folklora.data.split import Split, own_split
-from folklora.data.table import Table
+from folklora.data.table import Table, encoded
 from folklora.errors import BackboneError, DataError, RecipeError
 from folklora.federation.depths import refuse_fixed
 from folklora.federation.guarantees import refuse_unsound
@@ -160,10 +160,10 @@ def _setup(
     refuse_unsound(recipe, method)
     refuse_unmaskable(recipe, method)
     refuse_unmixable(recipe, method)
-    encoded, test_encoded = (task.encode(each.inputs) if each and each.inputs else [] for each in (table, test))
-    frozen = cache(lambda depth=None: torch.from_numpy(features(task, encoded, depth=depth)))
+    own, tests = (encoded(task.encode, each) if each and each.inputs else [] for each in (table, test))
+    frozen = cache(lambda depth=None: torch.from_numpy(features(task, own, depth=depth)))
     data = FederatedData(table, splits, test)
-    return Setup(recipe, data, task, method, lambda: (encoded, test_encoded), frozen, joining, depths)
+    return Setup(recipe, data, task, method, lambda: (own, tests), frozen, joining, depths)
 
 
 def _backbone(recipe: Recipe, own: Own) -> str:

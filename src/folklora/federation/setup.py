@@ -22,6 +22,7 @@ from folklora.data.drift import drifted
 from folklora.data.partition import partition
 from folklora.data.sources import Table, load
 from folklora.data.split import Split
+from folklora.data.table import encoded
 from folklora.errors import RecipeError
 from folklora.federation.budget import Budget
 from folklora.federation.depths import Depths, depths_of, refuse_fixed
@@ -365,7 +366,7 @@ def _encode(
 ) -> tuple[list[Any], list[Any]]:
     found = federated_data(data, seed, form)
     task = tasks.build_task(model, adapter, form, found.table.classes, steps)
-    return task.encode(found.table.inputs), task.encode(found.test.inputs) if found.test else []
+    return encoded(task.encode, found.table), encoded(task.encode, found.test) if found.test else []
 
 
 @lru_cache(maxsize=4)
@@ -378,6 +379,6 @@ def _compute_features(
     steps: int | None,
     depth: int | None = None,
 ) -> Tensor:
-    encoded, _ = _encode(model, adapter, data, seed, form, steps)
+    examples, _ = _encode(model, adapter, data, seed, form, steps)
     task = tasks.build_task(model, adapter, form, federated_data(data, seed, form).table.classes, steps)
-    return torch.from_numpy(features(task, encoded, depth=depth))
+    return torch.from_numpy(features(task, examples, depth=depth))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,8 +20,8 @@ from hypothesis import strategies as st
 
 from folklora.data.chat import Chat
 from folklora.data.sources import Table, agreed_classes, load, load_test
-from folklora.data.table import ONE_CLASS
-from folklora.errors import DataError
+from folklora.data.table import ONE_CLASS, encoded
+from folklora.errors import DataError, ExampleError
 from folklora.sections import DataSection
 
 ROWS = [
@@ -65,6 +69,19 @@ def test_every_format_gives_the_same_answers_to_the_same_questions(tmp_path: Pat
     table = table_of(write(tmp_path, kind, ROWS), context="context", by="who")
     assert table.inputs == CHATS
     assert (table.classes, table.labels.tolist(), table.groups) == (ONE_CLASS, [0, 0, 0], ["ann", "bob", "ann"])
+
+
+def test_an_example_that_a_model_cannot_take_is_named_by_its_place(tmp_path: Path) -> None:
+    def refuse(chats: Sequence[Chat]) -> list[Any]:
+        raise ExampleError(1, "odd; allowed: even")
+
+    file = write(tmp_path, "jsonl", ROWS)
+    table = table_of(file, context="context", by="who").only(np.array([2, 1]))
+    with pytest.raises(DataError, match=f"{re.escape(str(file))}: line 2: odd; allowed: even"):
+        encoded(refuse, table)
+    with pytest.raises(ExampleError, match="example 2: odd"):
+        encoded(refuse, replace(table, places=()))
+    assert encoded(list, table) == [CHATS[2], CHATS[1]]
 
 
 TALK: Chat = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "!"))

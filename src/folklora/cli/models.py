@@ -117,7 +117,7 @@ def predict(
         asked = answer["image"] if "image" in answer else answer["text"]
         if "answer" in answer:
             said = answer["answer"]
-            sys.stdout.write((_diverged(client, asked) if said is None else still(said)) + "\n")
+            sys.stdout.write(still(_diverged(client, asked) if said is None else said) + "\n")
         for found in answer.get("ranking", [answer] if "label" in answer else []):
             what = found["label"] if "label" in found else found["text"]
             chance = found["probability"]

@@ -38,11 +38,18 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 def publish(name: str, document: Mapping[str, Any]) -> Path:
     """Write ``results/<name>.json`` and print the same as one line; returns the file."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path = store(name, document, RESULTS)
     print(json.dumps({"benchmark": name, **document}, allow_nan=False), flush=True)
     return path
+
+
+def store(name: str, document: Mapping[str, Any], results: Path) -> Path:
+    """Write ``<results>/<name>.json``, whole or not at all; returns the file."""
+    results.mkdir(exist_ok=True)
+    path = results / f"{name}.json"
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return part.replace(path)
 
 
 def finish(name: str, left: Sequence[str], failed: Mapping[str, str], *, listed: bool) -> NoReturn:

@@ -8,21 +8,25 @@ side; *peft* is stock PEFT with SDPA attention and fused AdamW, the backbone in 
 time. Arms alternate in one process (ours, peft, ours, peft, ...) and a ratio is that of two neighbours. Work is counted
 as 2 x 2 x (numbers in the decoder's linear layers) x tokens, plus the language-model head on response tokens; attention
 and adapters are not counted. The peak is what ``F.linear`` reaches in that type on the same machine just before.
+Every cell is kept as soon as it is measured, in ``results/causal-DEVICE-SIZE.json``; started again, it goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _common import environment, publish, spread
+from _common import RESULTS, environment, spread, store
 from cohort import peak
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -43,6 +47,13 @@ SIZES: dict[str, dict[str, int]] = {
     "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
 }
 WANTED = {"times_faster": 8.0, "fraction_of_peak": 0.5}  # on a GPU: at batch 1 x 128 tokens; at the best K
+
+Cell = tuple[int, int, int]
+"""Length, batch, clients."""
+
+
+def vocabulary_of(size: str) -> int:
+    return 4096 if size == "5M" else 32000
 
 
 def model(size: str, vocabulary: int, positions: int) -> LlamaForCausalLM:
@@ -133,72 +144,89 @@ def timed(fit: Any, jobs: Sequence[Job], batch: int, device: torch.device) -> tu
     return time.perf_counter() - start, losses
 
 
+def measure(ours: Ours, stock: Stock, cell: Cell, arguments: argparse.Namespace, work: float) -> dict[str, Any]:
+    """One cell; ``work``: billions of operations of one client's step."""
+    length, batch, clients = cell
+    device, dtype = stock.device, stock.dtype
+    jobs = make_jobs(ours.adapter, clients, arguments.steps, batch, length, vocabulary_of(arguments.size))
+    for fit in (ours.fit, stock.fit):
+        timed(fit, jobs[: max(1, clients // 4)], batch, device)  # warm
+    seconds: dict[str, list[float]] = {"ours": [], "peft": []}
+    top, found = [], {}
+    for _ in range(arguments.repeats):
+        top.append(peak(dtype, device, 0.2))
+        for name, fit in (("ours", ours.fit), ("peft", stock.fit)):
+            took, found[name] = timed(fit, jobs, batch, device)
+            seconds[name].append(took)
+    turns = clients * arguments.steps
+    return {
+        "length": length,
+        "batch": batch,
+        "clients": clients,
+        "ms_per_client_step": {n: spread([1e3 * s / turns for s in own]) for n, own in seconds.items()},
+        "times_faster": spread([b / a for a, b in zip(seconds["ours"], seconds["peft"], strict=True)]),
+        "fraction_of_peak": spread([work * turns / s / best for s, best in zip(seconds["ours"], top, strict=True)]),
+        "mean_loss": {name: round(statistics.fmean(own.values()), 4) for name, own in found.items()},
+    }
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", default="5M", choices=SIZES)
-    parser.add_argument("--clients", default="1,2,4,8,16")
-    parser.add_argument("--batch", default="1,8")
-    parser.add_argument("--lengths", default="64,128")
+    parser.add_argument("--clients", type=numbers, default="1,2,4,8,16")
+    parser.add_argument("--batch", type=numbers, default="1,8")
+    parser.add_argument("--lengths", type=numbers, default="64,128")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    counts, batches, lengths = (
-        [int(part) for part in text.split(",")] for text in (arguments.clients, arguments.batch, arguments.lengths)
+    device, vocabulary, positions = (
+        torch.device(arguments.device),
+        vocabulary_of(arguments.size),
+        max(arguments.lengths),
     )
-    vocabulary = 4096 if arguments.size == "5M" else 32000
-    backbone = CausalBackbone(
-        model(arguments.size, vocabulary, max(lengths)), tokenizer(), targets=TARGETS, device=device
-    )
-    dtype = backbone.dtype
+    backbone = CausalBackbone(model(arguments.size, vocabulary, positions), tokenizer(), targets=TARGETS, device=device)
     adapter = LowRank(backbone.sites, core=False, alpha=ALPHA)
-    ours = Ours(CausalLM(backbone, max_length=max(lengths)), adapter)
-    stock = Stock(model(arguments.size, vocabulary, max(lengths)), device, dtype)
+    ours = Ours(CausalLM(backbone, max_length=positions), adapter)
+    stock = Stock(model(arguments.size, vocabulary, positions), device, backbone.dtype)
     linear = sum(m.weight.numel() for n, m in stock.model.named_modules() if type(m) is nn.Linear and "lora" not in n)
     head = vocabulary * SIZES[arguments.size]["hidden_size"]
-    cells = []
-    for length in lengths:
-        for batch in batches:
-            for clients in counts:
-                jobs = make_jobs(adapter, clients, arguments.steps, batch, length, vocabulary)
-                for fit in (ours.fit, stock.fit):
-                    timed(fit, jobs[: max(1, clients // 4)], batch, device)  # warm
-                seconds: dict[str, list[float]] = {"ours": [], "peft": []}
-                top, found = [], {}
-                for _ in range(arguments.repeats):
-                    top.append(peak(dtype, device, 0.2))
-                    for name, fit in (("ours", ours.fit), ("peft", stock.fit)):
-                        took, found[name] = timed(fit, jobs, batch, device)
-                        seconds[name].append(took)
-                turns = clients * arguments.steps
-                gflop = 4e-9 * batch * ((linear - head) * length + head * (length - length // 2))
-                cell = {
-                    "length": length,
-                    "batch": batch,
-                    "clients": clients,
-                    "ms_per_client_step": {n: spread([1e3 * s / turns for s in own]) for n, own in seconds.items()},
-                    "times_faster": spread([b / a for a, b in zip(seconds["ours"], seconds["peft"], strict=True)]),
-                    "fraction_of_peak": spread(
-                        [gflop * turns / s / best for s, best in zip(seconds["ours"], top, strict=True)]
-                    ),
-                    "mean_loss": {name: round(statistics.fmean(own.values()), 4) for name, own in found.items()},
-                }
-                print(cell, file=sys.stderr, flush=True)
-                cells.append(cell)
-                gc.collect()
-    publish(
-        f"causal-{device.type}",
-        {
-            "environment": environment(device, dtype),
-            "size": arguments.size,
-            "parameters": backbone.parameters,
-            "cells": cells,
-            "wanted_on_a_gpu": WANTED,
-        },
-    )
+    document: dict[str, Any] = {
+        "environment": environment(device, backbone.dtype),
+        "size": arguments.size,
+        "parameters": backbone.parameters,
+        "steps": arguments.steps,
+        "repeats": arguments.repeats,
+        "wanted_on_a_gpu": WANTED,
+    }
+    name = f"causal-{device.type}-{arguments.size}"
+    cells = finished(arguments.results / f"{name}.json", document)
+    done = {(cell["length"], cell["batch"], cell["clients"]) for cell in cells}
+    for cell in product(arguments.lengths, arguments.batch, arguments.clients):
+        if cell in done:
+            continue
+        length, batch, _ = cell
+        work = 4e-9 * batch * ((linear - head) * length + head * (length - length // 2))
+        cells.append(measure(ours, stock, cell, arguments, work))
+        print(cells[-1], file=sys.stderr, flush=True)
+        store(name, {**document, "cells": cells}, arguments.results)  # whoever lends a device may take it back
+        gc.collect()
+
+
+def finished(file: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells that were measured before, of the same model on the same machine with the same versions."""
+    if not file.exists():
+        return []
+    before = json.loads(file.read_text(encoding="utf-8"))
+    cells: list[dict[str, Any]] = before.pop("cells")
+    return cells if before == document else []
 
 
 if __name__ == "__main__":

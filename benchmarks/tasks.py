@@ -5,10 +5,11 @@
     python benchmarks/tasks.py --list                           # what is done and what is left
     python benchmarks/tasks.py --collect                        # only rewrite the results from the runs
 
-Each task is a shipped recipe. The learning rate of every method is chosen from one grid, by the validation split of
-seed 0; the run that won is that seed's result, and the other seeds run at its rate. Test data is read once, at the end
-of each run. As in `accuracy.py` any number of processes can share ``--runs``: kill them at any time, what is finished
-is reused and what was begun goes on. Runs of another checkpoint or other data lie apart and are never mixed in.
+Each task is a shipped recipe. The learning rate of every method is chosen by the validation split of seed 0 from one
+grid, which goes on where the best is at its end; the run that won is that seed's result, and the other seeds run at its
+rate. Test data is read once, at the end of each run. As in `accuracy.py` any number of processes can share ``--runs``:
+kill them at any time, what is finished is reused and what was begun goes on. Runs of another checkpoint or other data
+lie apart and are never mixed in.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,9 @@ from folklora.recipe import Recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SEEDS = 3
+LADDER = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1")
 GRID = ("1e-3", "3e-3", "1e-2")
+"""Rates of the ladder that are tried in any case."""
 FEW = ("local", "fedit", "ffa", "fedsa", "celora")
 SAME = {*AT_ONE_RANK, "folklora"}
 """What is FedIT where all ranks are equal, and CE-LoRA where the task has no head of its own."""
@@ -115,8 +118,24 @@ class Cell:
         return runs / f"{name}-{self.task.made_of()}" / run_name(self.entry, self.seed)
 
 
-def grid(variant: str) -> tuple[str, ...]:
-    return GRID[:1] if variant == UNTRAINED else GRID
+def grid(variant: str, merits: Mapping[str, float]) -> tuple[str, ...]:
+    """The rates to be tried, as far as the merits of those that were tell.
+
+    While the best is the highest rate tried (or as good as any, where nothing was learned yet), the next higher one is
+    tried, too; while it is the lowest, the next lower one.
+    """
+    if variant == UNTRAINED:
+        return GRID[:1]
+    low, high = LADDER.index(GRID[0]), LADDER.index(GRID[-1]) + 1
+    while merits.keys() >= set(LADDER[low:high]):
+        own = [merits[rate] for rate in LADDER[low:high]]
+        if own[-1] >= max(own) and high < len(LADDER):
+            high += 1
+        elif own[0] > max(own[1:]) and low:
+            low -= 1
+        else:
+            break
+    return LADDER[low:high]
 
 
 @dataclass
@@ -161,20 +180,24 @@ class Tasks:
     def validation(self, task: Task, variant: str) -> dict[str, float]:
         """Rate -> the merit of its validation score, of the runs that are done."""
         found = dict(self._told(task).get("validation", {}).get(variant, {}))
-        for rate in grid(variant):
+        for rate in LADDER:
             if (row := self.finished(Cell(task, variant, rate, 0))) is not None:
                 found[rate] = metric_of(row).merit(row["validation_mean"])
         return found
 
     def chosen(self, task: Task, variant: str) -> str | None:
         found = self.validation(task, variant)
-        return max(found, key=found.__getitem__) if len(found) == len(grid(variant)) else None
+        rates = grid(variant, found)
+        return max(rates, key=found.__getitem__) if found.keys() >= set(rates) else None
 
     def plan(self) -> Iterator[Cell]:
         """All runs: the rates of seed 0 of every task first, then the other seeds at the rates that are chosen."""
-        for task in self.tasks:
-            for name in self.variants(task):
-                yield from (Cell(task, name, rate, 0) for rate in grid(name))
+        tried = [
+            (task, name, grid(name, self.validation(task, name))) for task in self.tasks for name in self.variants(task)
+        ]
+        for further in (False, True):  # what is beyond the grid comes last
+            for task, name, rates in tried:
+                yield from (Cell(task, name, rate, 0) for rate in rates if (rate not in GRID) == further)
         for seed in range(1, SEEDS):
             for task in self.tasks:
                 for name in self.variants(task):
@@ -215,7 +238,13 @@ class Tasks:
             order = {task.name: place for place, task in enumerate(TASKS)}
             where = environment(torch.device("cpu"), torch.float32)
             checkpoints = before.get("checkpoints", {}) | _checkpoints(self.tasks)
-            document = {"environment": where, "grid": GRID, "seeds": SEEDS, "checkpoints": checkpoints}
+            document = {
+                "environment": where,
+                "grid": GRID,
+                "ladder": LADDER,
+                "seeds": SEEDS,
+                "checkpoints": checkpoints,
+            }
             told = {name: told[name] for name in order if name in told}  # what is listed no more is shown no more
             kept = [row for row in rows.values() if row["task"] in order]
             self.bench.write("tasks", {**before, **document, "tasks": told, "rows": kept})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from folklora.federation.setup import validate
 from folklora.methods import METHODS
 from folklora.recipe import Recipe
 
-BEST = {"local": 1e-3, "fedit": 1e-2, "celora": 3e-3}
+BEST = {"local": 3e-3, "fedit": 1e-2, "celora": 3e-3}
 START = {"local": 2.0, "fedit": 1.5, "celora": 1.0}
 RECIPE = """
 [model]
@@ -45,7 +46,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise RuntimeError("broken")
         found.asked.append((method if recipe.train.rounds else "as it is", rate, recipe.seed))
         # The further from its own best rate, the larger the loss; the smaller, the better.
-        value = START[method] + (0 if rate == BEST[method] else 1) + 0.01 * recipe.seed + 5 * (recipe.train.rounds == 0)
+        value = START[method] + abs(math.log(rate / BEST[method])) + 0.01 * recipe.seed
+        value = 7 + 0.01 * recipe.seed if recipe.train.rounds == 0 else value
         row = {"metric": "loss", "higher": False, "loss_mean": value, "loss_worst_tenth": value + 1, "rounds": 1}
         row |= dict.fromkeys(("bytes_up_per_client_round", "bytes_down_per_client_round", "bytes_once_per_client"), 8.0)
         row |= {"seed": recipe.seed, "validation_mean": value, "perplexity_mean": 9.0}
@@ -85,11 +87,31 @@ def test_every_method_runs_all_seeds_at_the_rate_of_its_lowest_validation_loss(b
     assert len(rows) == len(document["rows"]) == 4 * 3
     for method, rate in BEST.items():
         assert [rows[method, seed]["lr"] for seed in range(3)] == [rate] * 3
-        # All rates on seed 0, whose best is not run again.
+        # All rates on seed 0, whose best is not run again; fedit's is the last of the grid, so the next one is tried.
         runs = [(r, s) for m, r, s in bench.asked if m == method]
-        assert runs == [(1e-3, 0), (3e-3, 0), (1e-2, 0), (rate, 1), (rate, 2)]
-    assert len(bench.asked) == 3 + 3 * (3 + 2)
+        beyond = [(3e-2, 0)] if method == "fedit" else []
+        assert runs == [(1e-3, 0), (3e-3, 0), (1e-2, 0), *beyond, (rate, 1), (rate, 2)]
+    assert len(bench.asked) == 3 + 3 * (3 + 2) + 1
     assert document["tasks"]["few"]["validation"]["celora"]["3e-3"] == -1.0  # as a merit
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"), [(1e-1, 5), (3e-2, 5), (1e-2, 4), (3e-3, 3), (1e-3, 4), (3e-4, 5), (1e-4, 5)]
+)
+def test_the_grid_goes_on_where_the_best_is_at_its_end(
+    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, best: float, tried: int
+) -> None:
+    monkeypatch.setitem(BEST, "celora", best)
+    rows = bench.run()["rows"]
+    assert [row["lr"] for row in rows if row["variant"] == "celora"] == [best] * 3
+    assert len([rate for method, rate, seed in bench.asked if method == "celora" and seed == 0]) == tried
+
+
+def test_where_nothing_is_learned_higher_rates_are_tried() -> None:
+    assert tasks.grid("ravan", {}) == tasks.GRID
+    assert tasks.grid("ravan", dict.fromkeys(tasks.GRID, 0.1)) == (*tasks.GRID, "3e-2")
+    assert tasks.grid("ravan", {**dict.fromkeys(tasks.GRID, 0.1), "3e-2": 0.0}) == (*tasks.GRID, "3e-2")
+    assert tasks.grid(tasks.UNTRAINED, {}) == tasks.GRID[:1]
 
 
 def test_what_is_done_is_not_run_again_but_for_another_checkpoint(bench: SimpleNamespace) -> None:
@@ -102,7 +124,7 @@ def test_what_is_done_is_not_run_again_but_for_another_checkpoint(bench: SimpleN
     bench.run("--collect")
     assert not json.loads((bench.results / "tasks.json").read_text())["rows"]
     bench.run()
-    assert len(bench.asked) == 18
+    assert len(bench.asked) == 19
 
 
 def test_what_was_collected_is_not_run_again_where_its_runs_are_gone(bench: SimpleNamespace) -> None:
@@ -121,9 +143,12 @@ def test_a_wider_grid_runs_what_is_new_and_drops_rows_of_the_rate_that_lost(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(BEST, "fedit", 3e-2)
+    ladder = tasks.LADDER
+    monkeypatch.setattr(tasks, "LADDER", tasks.GRID)
     bench.run()
     shutil.rmtree(bench.folder / "runs")
     bench.asked.clear()
+    monkeypatch.setattr(tasks, "LADDER", ladder[:-1])
     monkeypatch.setattr(tasks, "GRID", (*tasks.GRID, "3e-2"))
     rows = bench.run()["rows"]
     assert {(rate, seed) for method, rate, seed in bench.asked if method == "fedit"} == {(3e-2, s) for s in range(3)}
